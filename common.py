@@ -1,0 +1,680 @@
+"""What the three methods share; nothing here belongs to one of them.
+
+One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2).
+x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients come as [B, 1, 1, 1].
+
+Sections: command line, noise schedule, denoiser, EMA, data, run.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+
+# Command line
+
+class UserError(Exception):
+    """Wrong input, told in one plain line: the flag or file, what is wrong, what to do."""
+
+
+def flag(default, help):
+    """A dataclass field whose help text is also its comment in the source."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_config(config_class, presets, argv, description):
+    """argv -> config_class: every field is a flag (image_size -> --image-size), presets[--preset] gives the defaults.
+
+    --preset defaults to the value of --dataset where a preset has that name, else to the first preset.
+    Raises UserError on an unknown preset; argparse itself ends with exit code 2 on an unknown flag.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for field in dataclasses.fields(config_class):
+        kind = {tuple: dict(type=int, nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}
+        kind = kind.get(field.type, dict(type=field.type))
+        # SUPPRESS keeps absent flags out of the namespace, so that they can fall back to the preset.
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{field.metadata['help'].replace('%', '%%')} (default: {field.default})", **kind)
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    dataset = given.get("dataset", config_class.dataset)
+    preset = given.get("preset", dataset if dataset in presets else config_class.preset)
+    if preset not in presets:
+        raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
+    return config_class(**{**presets[preset], **given, "preset": preset})
+
+
+def run_command(main):
+    """Calls main(argv); a UserError becomes one line on stderr (from rank 0) and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# Noise schedule
+
+def ddgan_betas(levels=4, beta_min=0.1, beta_max=20.0, eps=1e-3):
+    """The few-level VP schedule of DDGAN (Xiao et al., 2022), which YOSO uses from scratch: levels + 1 betas.
+
+    Level 0 is clean data (its beta is 1e-8, as in DDGAN), level `levels` almost pure noise.
+    """
+    tau = np.linspace(0, 1, levels + 1) * (1 - eps) + eps
+    alphas_cumprod = np.exp(-tau**2 * (beta_max - beta_min) / 2 - tau * beta_min)
+    return [1e-8, *(1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).tolist()]
+
+
+def broadcast(values, t, like):
+    """values[t] as [B, 1, 1, 1], beside a tensor `like` [B, C, H, W]."""
+    return values[t].view(-1, *[1] * (like.ndim - 1))
+
+
+class NoiseSchedule:
+    """alpha_t and sigma_t of x_t = alpha_t x0 + sigma_t eps, as float32 tables over the T timesteps.
+
+    A checkpoint's schedule is fully described by its diffusers scheduler config (betas, trained_betas, beta_schedule,
+    rescale_betas_zero_snr), so that config is the only way in.
+    """
+
+    def __init__(self, alphas_cumprod):
+        alphas_cumprod = alphas_cumprod.double()
+        self.alpha = alphas_cumprod.sqrt().float()  # [T]
+        self.sigma = (1 - alphas_cumprod).sqrt().float()  # [T]
+
+    @classmethod
+    def from_config(cls, config):
+        """config: a diffusers scheduler config (a dict or a scheduler's .config)."""
+        from diffusers import DDPMScheduler
+        return cls(DDPMScheduler.from_config(dict(config)).alphas_cumprod)
+
+    def __len__(self):
+        return len(self.alpha)
+
+    def to(self, device):
+        """Moves the tables to `device`, in place."""
+        self.alpha, self.sigma = self.alpha.to(device), self.sigma.to(device)
+        return self
+
+    def zero_terminal_snr(self):
+        """The schedule rescaled to SNR_T = 0 (Lin et al., 2023, Algorithm 1): alpha_0 kept, alpha_T = 0."""
+        alpha = self.alpha.double()
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        return NoiseSchedule(alpha**2).to(self.alpha.device)
+
+    def snr(self, t):
+        """SNR(t) = alpha_t^2 / sigma_t^2, [B]; infinite at a level without noise."""
+        return (self.alpha[t] / self.sigma[t])**2
+
+    def add_noise(self, x0, eps, t):
+        """x_t = alpha_t x0 + sigma_t eps."""
+        return broadcast(self.alpha, t, x0) * x0 + broadcast(self.sigma, t, x0) * eps
+
+    def convert(self, prediction, x_t, t, source, target):
+        """One prediction type into another, in float32. Types: "sample" (x0), "epsilon", "v_prediction", "score".
+
+        v = alpha eps - sigma x0; score = -eps / sigma. An error in epsilon grows by sigma/alpha in x0 (14.6 at SD's last
+        timestep, 157 at PixArt's), and x0 from epsilon is not defined where alpha = 0. Raises ValueError on an unknown type.
+        """
+        if source == target:
+            return prediction
+        prediction, x_t = prediction.float(), x_t.float()
+        alpha, sigma = broadcast(self.alpha, t, x_t), broadcast(self.sigma, t, x_t)
+        match source:
+            case "sample":
+                x0, eps = prediction, (x_t - alpha * prediction) / sigma
+            case "epsilon":
+                x0, eps = (x_t - sigma * prediction) / alpha, prediction
+            case "v_prediction":
+                x0, eps = alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
+            case _:
+                raise ValueError(f"unknown prediction type {source}")
+        match target:
+            case "sample":
+                return x0
+            case "epsilon":
+                return eps
+            case "v_prediction":
+                return alpha * eps - sigma * x0
+            case "score":
+                return -eps / sigma
+        raise ValueError(f"unknown prediction type {target}")
+
+
+# Denoiser
+
+class Denoiser:
+    """A diffusers network, its schedule and what it predicts, seen as one function of (x_t, t, condition).
+
+    net: UNet2DModel, UNet2DConditionModel or PixArtTransformer2DModel; the condition is a dict of the network's own keyword
+    arguments, so that one call serves them all.
+    """
+
+    def __init__(self, net, schedule, prediction_type):
+        self.net, self.schedule, self.prediction_type = net, schedule, prediction_type
+
+    def predict(self, x_t, t, target="sample", cond=None, null=None, guidance_scale=1.0):
+        """The prediction as `target` ("sample", "epsilon", "v_prediction" or "score"), [B, C, H, W].
+
+        Classifier-free guidance: null + guidance_scale (cond - null); guidance_scale 1 calls the network once, without null.
+        """
+        output = self._forward(x_t, t, cond)
+        if guidance_scale != 1.0:
+            unconditional = self._forward(x_t, t, null)
+            output = unconditional + guidance_scale * (output - unconditional)
+        return self.schedule.convert(output, x_t, t, self.prediction_type, target)
+
+    def _forward(self, x_t, t, cond):
+        # Networks with learned sigma (PixArt) return 2C channels, of which the first C are the prediction.
+        return self.net(x_t, timestep=t, **(cond or {})).sample[:, :x_t.shape[1]]
+
+
+class InformativePrior:
+    """Informative prior initialisation (YOSO, section 5.2): the start of sampling where SNR_T is not zero.
+
+    x_T = alpha_T (mean + std eps') + sigma_T eps has the first two moments of the x_T that training saw.
+    mean [C, H, W] and std [C, 1, 1] of the data x0 (pictures or latents).
+    """
+
+    def __init__(self, mean, std):
+        self.mean, self.std = mean, std
+
+    @classmethod
+    def of(cls, x0):
+        """Estimated from data [N, C, H, W]: mean per element, standard deviation around it per channel."""
+        mean = x0.mean(0)
+        return cls(mean, (x0 - mean).square().mean((0, 2, 3)).sqrt().view(-1, 1, 1))
+
+    def start(self, schedule, eps, eps_prime):
+        """x_T [B, C, H, W] from two standard normal draws of that shape."""
+        return schedule.alpha[-1] * (self.mean + self.std * eps_prime) + schedule.sigma[-1] * eps
+
+
+# EMA
+
+class EMA:
+    """Exponential moving average of a module's trainable parameters: a named float32 copy."""
+
+    def __init__(self, module, decay):
+        self.decay = decay
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.average = {n: p.detach().float().clone() for n, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self):
+        """average <- decay average + (1 - decay) parameters."""
+        parameters = [p.float() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - self.decay)
+
+    @contextmanager
+    def applied(self):
+        """Inside the with block the module holds the averaged weights."""
+        with torch.no_grad():
+            kept = {n: p.clone() for n, p in self.parameters.items()}
+            for name, p in self.parameters.items():
+                p.copy_(self.average[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(kept[name])
+
+    def state_dict(self):
+        """The averages by parameter name."""
+        return self.average
+
+    def load_state_dict(self, state):
+        """Takes averages written by state_dict(); raises KeyError if a name is missing."""
+        for name, value in self.average.items():
+            value.copy_(state[name])
+
+
+# Data
+
+COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.2, 0.9), "yellow": (0.95, 0.85, 0.1)}
+BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5), "black": (0.0, 0.0, 0.0)}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": 3 / 16, "large": 5 / 16}  # half the side of the box around the shape, in units of the picture
+
+
+def coverage(shape, radius, x, y, size):
+    """How much of each pixel the shape covers, in [0, 1]: [N, size, size].
+
+    shape: indices into SHAPES, [N]; radius, and the centre x, y of the box: [N], in units of the picture, y downwards.
+    Every shape fills the box: a disc, a square, an upright isosceles triangle. Edges are one pixel soft.
+    """
+    grid = (torch.arange(size) + 0.5) / size
+    dx = grid.view(1, 1, -1) - x.view(-1, 1, 1)
+    dy = grid.view(1, -1, 1) - y.view(-1, 1, 1)
+    r = radius.view(-1, 1, 1)
+    side = (2 * dx.abs() - dy - r) / 5**0.5  # signed distance to the triangle's flanks, which rise 2 for 1
+    distance = torch.stack([torch.hypot(dx, dy) - r, torch.maximum(dx.abs(), dy.abs()) - r, torch.maximum(side, dy - r)])
+    return (0.5 - distance[shape, torch.arange(len(shape))] * size).clamp(0, 1)
+
+
+class Shapes(Dataset):
+    """The embedded dataset: one soft-edged shape a picture, drawn by rule; picture i is a function of (seed, i), without end.
+
+    A sample is {"image": uint8 [3, size, size], "caption": "a large red circle on white", "skipped": []}.
+    """
+
+    endless = True
+
+    def __init__(self, size, seed=0):
+        self.size, self.seed = size, seed
+
+    def attributes(self, indices):
+        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), x, y (picture units)."""
+        u = torch.tensor(np.stack([np.random.default_rng([self.seed, i]).random(6) for i in indices]), dtype=torch.float32)
+        counts = torch.tensor([len(COLOURS), len(BACKGROUNDS), len(SHAPES), len(SIZES)])
+        colour, background, shape, scale = (u[:, :4] * counts).long().unbind(1)
+        radius = torch.tensor(list(SIZES.values()))[scale]
+        x, y = radius + u[:, 4] * (1 - 2 * radius), radius + u[:, 5] * (1 - 2 * radius)
+        return dict(colour=colour, background=background, shape=shape, scale=scale, x=x, y=y)
+
+    def draw(self, attributes):
+        """attributes, as above -> uint8 pictures [N, 3, size, size]."""
+        a = attributes
+        mask = coverage(a["shape"], torch.tensor(list(SIZES.values()))[a["scale"]], a["x"], a["y"], self.size)[:, None]
+        colour = torch.tensor(list(COLOURS.values()))[a["colour"]][:, :, None, None]
+        background = torch.tensor(list(BACKGROUNDS.values()))[a["background"]][:, :, None, None]
+        return ((background + mask * (colour - background)) * 255).round().to(torch.uint8)
+
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        # DataLoader asks for a whole batch through this name: one vectorised drawing instead of one a picture.
+        a = self.attributes(indices)
+        names = [list(n) for n in (SIZES, COLOURS, SHAPES, BACKGROUNDS)]
+        keys = zip(*(a[k].tolist() for k in ("scale", "colour", "shape", "background")))
+        captions = ["a {} {} {} on {}".format(*(n[k] for n, k in zip(names, key))) for key in keys]
+        return [dict(image=x, caption=c, skipped=[]) for x, c in zip(self.draw(a), captions)]
+
+
+class Folder(Dataset):
+    """Pictures below a folder, resized and centre-cropped to size x size; samples as those of Shapes.
+
+    Captions, in this order: metadata.jsonl ({"file_name", "text"} a line), a .txt beside the picture, the name of the class
+    folder it lies in, or nothing. A picture that cannot be read is replaced by the next one and named in "skipped".
+    """
+
+    endless = False
+
+    def __init__(self, root, size):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+        root, self.size = Path(root), size
+        metadata = root / "metadata.jsonl"
+        if metadata.is_file():
+            try:
+                rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
+                self.samples = [(root / row["file_name"], row.get("text", "")) for row in rows]
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"--dataset {root}: metadata.jsonl needs one JSON object a line with file_name and text ({error!r})")
+        else:
+            paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            texts = set(root.rglob("*.txt"))
+            self.samples = [(p, p.with_suffix(".txt") if p.with_suffix(".txt") in texts else p.parent.name if p.parent != root else "")
+                            for p in paths]
+        if not self.samples:
+            raise UserError(f"--dataset {root}: no pictures in it; give a folder by class, with metadata.jsonl, or with .txt captions")
+        self[0]  # a folder without a single readable picture is told now, not in the middle of the run
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        from torchvision.transforms.v2 import functional as F
+        skipped = []
+        for step in range(len(self)):
+            path, caption = self.samples[(index + step) % len(self)]
+            try:
+                with Image.open(path) as file:
+                    image = F.center_crop(F.resize(F.pil_to_tensor(file.convert("RGB")), self.size, antialias=True), self.size)
+                if isinstance(caption, Path):
+                    caption = caption.read_text().strip()
+                return dict(image=image, caption=caption, skipped=skipped)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                skipped.append(str(path))
+        raise UserError(f"--dataset {path.parent}: none of its {len(self)} pictures can be read")
+
+
+class Cifar10(Dataset):
+    """CIFAR-10's training pictures through torchvision, downloaded to data/ once; samples as those of Shapes."""
+
+    endless = False
+
+    def __init__(self, size, root="data"):
+        from torchvision.datasets import CIFAR10
+        try:
+            self.data = CIFAR10(root, train=True, download=int(os.environ.get("RANK", 0)) == 0)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--dataset cifar10: cannot download it to {root}/ ({error}); "
+                            "with no network, give a folder with its pictures instead: --dataset FOLDER")
+        self.size = size
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        image, label = torch.from_numpy(self.data.data[index]).permute(2, 0, 1), self.data.targets[index]
+        if image.shape[-1] != self.size:
+            from torchvision.transforms.v2 import functional as F
+            image = F.resize(image, self.size, antialias=True)
+        return dict(image=image, caption=f"a photo of a {self.data.classes[label]}", skipped=[])
+
+
+def load_dataset(name, size, seed=0):
+    """"shapes", "cifar10" or a folder -> a Dataset of {"image": uint8 [3, size, size], "caption": str, "skipped": [paths]}.
+
+    Raises UserError if there is no such dataset, or no readable picture in it.
+    """
+    if name == "shapes":
+        return Shapes(size, seed)
+    if name == "cifar10":
+        return Cifar10(size)
+    if not Path(name).is_dir():
+        raise UserError(f"--dataset {name}: unknown; choose shapes, cifar10 or the path of an existing folder of pictures")
+    return Folder(name, size)
+
+
+@lru_cache(maxsize=2)  # a batch reaches into two epochs at most
+def permutation(seed, epoch, n):
+    """The order of an epoch's n samples."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def sample_order(dataset, seed, counters):
+    """Dataset indices of the run's samples number `counters`: permutation(seed, epoch)[place in the epoch].
+
+    A function of (seed, counter) alone: resuming needs no loader state, and the order does not depend on the number of ranks.
+    """
+    if dataset.endless:
+        return list(counters)
+    n = len(dataset)
+    return [int(permutation(seed, c // n, n)[c % n]) for c in counters]
+
+
+def save_grid(images, path, columns=8):
+    """Pictures in [-1, 1], [N, 3, H, W], as one PNG; pictures below 64 pixels are enlarged by a whole factor."""
+    from torchvision.utils import save_image
+    scale = max(1, 64 // images.shape[-1])
+    images = images.float().clamp(-1, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_image(images / 2 + 0.5, path, nrow=columns, padding=2, pad_value=1.0)
+
+
+# Run
+
+# What may change between a run and its continuation: it alters neither the mathematics nor the networks.
+FREE_FLAGS = {"iterations", "out", "resume", "device", "workers", "micro_batch", "compile", "gradient_checkpointing",
+              "log_every", "save_every", "sample_every"}
+
+
+class Draws:
+    """The random numbers of one iteration: a function of (seed, iteration) alone.
+
+    Every rank draws the numbers of the whole global batch and keeps its own rows, so that a run gives the same result on
+    any number of ranks, and resuming needs no generator state.
+    """
+
+    def __init__(self, seed, iteration, batch_size, rows, device):
+        state = int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1)
+        self.generator = torch.Generator(device).manual_seed(state)
+        self.batch_size, self.rows, self.device = batch_size, rows, device
+
+    def randn(self, *shape):
+        """Standard normal, [local batch, *shape]."""
+        return torch.randn(self.batch_size, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def randint(self, low, high):
+        """Uniform integers in [low, high), [local batch]."""
+        return torch.randint(low, high, (self.batch_size,), generator=self.generator, device=self.device)[self.rows]
+
+
+def choose_device(name):
+    """"auto" (the accelerator if there is one), or a torch device name; under torchrun, this process's own GPU.
+
+    Raises UserError if it cannot be used.
+    """
+    try:
+        if name == "auto":
+            name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
+    return device
+
+
+class Run:
+    """One training run: where it computes, what it draws, what it writes to config.out.
+
+    Reads from the config: out, resume, seed, iterations, batch_size (global), micro_batch (in a process; 0: all at once),
+    device, precision, workers, log_every, save_every. Raises UserError, with nothing written, if one of them cannot work.
+    micro_multiple: what a micro-batch must be a multiple of.
+    """
+
+    def __init__(self, config, micro_multiple=1):
+        self.config, self.out = config, Path(config.out)
+        self.checkpoint = self.out / "checkpoint" / "state.pt"
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        for name in ("iterations", "batch_size", "log_every", "save_every", "sample_every"):
+            if getattr(config, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+        if config.batch_size % self.world:
+            raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by {self.world} processes")
+        local = config.batch_size // self.world
+        micro = config.micro_batch or local
+        if micro < 0 or local % micro:
+            raise UserError(f"--micro-batch {micro}: does not divide the {local} samples of each process")
+        if micro % micro_multiple:
+            raise UserError(f"--batch-size {config.batch_size}: gives {micro} samples at once, which must be a multiple of {micro_multiple}")
+        if config.precision not in ("fp32", "bf16"):
+            raise UserError(f"--precision {config.precision}: unknown; choose fp32 or bf16")
+        self.rows = slice(self.rank * local, (self.rank + 1) * local)
+        self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]
+        self.device = choose_device(config.device)
+        self.saved = self._read_checkpoint()
+        self.start = self.saved["iteration"] if self.saved else 0
+        self.signal = 0
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            starts = [None] * self.world
+            dist.all_gather_object(starts, self.start)
+            if len(set(starts)) > 1:
+                raise UserError(f"--out {config.out}: the processes find different checkpoints; it must lie on a disk that all share")
+        torch.manual_seed(config.seed)  # the same weights on every rank
+
+    def _read_checkpoint(self):
+        # The run's own checkpoint comes first, so that the same command, with or without --resume, continues it.
+        source = self.checkpoint
+        if not source.exists() and self.config.resume:
+            source = Path(self.config.resume) / "checkpoint" / "state.pt"
+            if not source.exists():
+                raise UserError(f"--resume {self.config.resume}: there is no checkpoint/state.pt in it")
+        if not source.exists():
+            return None
+        saved = read_checkpoint(source)
+        differing = [f"--{name.replace('_', '-')} was {saved['config'].get(name)}, is {value}"
+                     for name, value in dataclasses.asdict(self.config).items()
+                     if name not in FREE_FLAGS and saved["config"].get(name) != value]
+        if differing:
+            raise UserError(f"{source}: belongs to another configuration ({'; '.join(differing)}); "
+                            "repeat that run's flags, or choose another --out")
+        return saved
+
+    def begin(self, parts):
+        """Called once everything is built: makes the folder, loads the checkpoint into parts, catches the signals.
+
+        parts: name -> module, optimiser or EMA; all of them go into checkpoints. Log lines after the checkpoint are dropped.
+        """
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.checkpoint.parent):
+                pass
+        except OSError as error:
+            raise UserError(f"--out {self.config.out}: cannot write there ({error.strerror}); choose another folder")
+        for name, part in parts.items():
+            if self.saved:
+                part.load_state_dict(self.saved["state"][name])
+            elif self.world > 1 and isinstance(part, torch.nn.Module):
+                for tensor in part.state_dict().values():
+                    dist.broadcast(tensor, 0)
+        self.saved, self.parts = None, parts
+        if self.rank == 0:
+            (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+            log = self.out / "metrics.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            # A line that a kill cut short has no closing brace.
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= self.start]
+            log.write_text("".join(line + "\n" for line in kept))
+        self.old_handlers = {number: signal.signal(number, lambda number, frame: setattr(self, "signal", number))
+                             for number in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.config.iterations, initial=self.start, disable=self.rank > 0, smoothing=0.05,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.sums, self.skipped = None, set()
+        self.window_start, self.window_iteration = time.perf_counter(), self.start
+
+    def draws(self, iteration):
+        """The random numbers of this iteration, for this rank's rows of the batch."""
+        return Draws(self.config.seed, iteration, self.config.batch_size, self.rows, self.device)
+
+    def batches(self, dataset):
+        """This rank's (x0 in [-1, 1] on the device, captions) of every iteration still to come."""
+        size, rows = self.config.batch_size, self.rows
+        order = (sample_order(dataset, self.config.seed, range(i * size + rows.start, i * size + rows.stop))
+                 for i in range(self.start, self.config.iterations))
+        # With a generator of its own the loader leaves the global one alone.
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.config.workers, collate_fn=list, generator=torch.Generator())
+        for samples in loader:
+            for path in sorted({p for s in samples for p in s["skipped"]} - self.skipped):
+                self.skipped.add(path)
+                tqdm.write(f"skipped, cannot be read as a picture: {path} ({len(self.skipped)} so far)", file=sys.stderr)
+            x0 = torch.stack([s["image"] for s in samples]).to(self.device, non_blocking=True)
+            yield x0.float() / 127.5 - 1, [s["caption"] for s in samples]
+
+    def autocast(self):
+        """bf16 for the networks under --precision bf16; weights and losses stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def average_gradients(self, module):
+        """Mean of the gradients over the ranks, in one exchange."""
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        means = flat.div_(self.world).split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients)])
+
+    def finish_iteration(self, iteration, losses):
+        """Logs, saves where it is time to, and returns True if the run must stop now (Ctrl-C or SIGTERM on any rank).
+
+        losses: name -> scalar tensor. Raises UserError with the iteration and the loss's name if one was not finite.
+        """
+        done, config = iteration + 1, self.config
+        # The vote is taken on the host: it does not wait for the device.
+        vote = torch.tensor(int(self.signal))
+        if self.world > 1:
+            dist.all_reduce(vote, dist.ReduceOp.MAX)
+        self.signal = int(vote)
+        saves = done % config.save_every == 0 or done == config.iterations or self.signal > 0
+        self._log(done, losses, flush=saves or done % config.log_every == 0)
+        if saves:
+            self.save(done)
+        return self.signal > 0
+
+    def _log(self, done, losses, flush):
+        # Between log lines nothing is read from the device: the sums and the first bad iteration of each loss stay there.
+        values = torch.stack([v.detach().float() for v in losses.values()])
+        if self.sums is None:
+            self.sums, self.first_bad = torch.zeros_like(values), torch.full_like(values, torch.inf)
+        self.sums += values
+        self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp(max=done))
+        self.bar.update()
+        if not flush:
+            return
+        if self.world > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
+        first_bad = self.first_bad.tolist()
+        if min(first_bad) < torch.inf:
+            self.bar.close()
+            name = list(losses)[first_bad.index(min(first_bad))]
+            kept = f"the checkpoint of iteration {read_checkpoint(self.checkpoint)['iteration']} is kept" \
+                if self.checkpoint.exists() else "no checkpoint had been written yet"
+            raise UserError(f"iteration {int(min(first_bad))}: {name} is not finite, stopped; {kept}; lower --lr, or use --precision fp32")
+        now, count = time.perf_counter(), done - self.window_iteration
+        row = {k: v / count / self.world for k, v in zip(losses, self.sums.tolist())}
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in row.items()), refresh=False)
+        row |= dict(images_per_second=count * self.config.batch_size / (now - self.window_start), peak_memory_gb=self._peak_memory_gb())
+        row = dict(iteration=done, **{k: float(f"{v:.6g}") for k, v in row.items()}, skipped_pictures=len(self.skipped))
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.sums, self.window_start, self.window_iteration = None, now, done
+
+    def _peak_memory_gb(self):
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+    def save(self, done):
+        """Writes the state after `done` iterations; the file is replaced in one atomic move, so a kill leaves the old or the new."""
+        if self.rank == 0:
+            temporary = self.checkpoint.with_suffix(".tmp")
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            with open(temporary, "wb") as file:
+                torch.save(dict(iteration=done, config=dataclasses.asdict(self.config), state=state), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.checkpoint)
+
+    def end(self):
+        """Closes the run; after a signal, says how to go on and exits with 128 + its number."""
+        self.bar.close()
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        if self.world > 1:
+            dist.destroy_process_group()
+        if self.signal:
+            if self.rank == 0:
+                print(f"stopped, saved to {self.checkpoint}; the same command continues", file=sys.stderr)
+            sys.exit(128 + self.signal)
+
+
+def read_checkpoint(path):
+    """A checkpoint written by Run.save: dict(iteration, config, state). Never unpickles code.
+
+    Raises UserError if the file is missing or damaged.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path}: no checkpoint yet; a run writes it every --save-every iterations")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
+        return saved
+    except Exception as error:
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start this run anew")

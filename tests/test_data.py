@@ -1,0 +1,168 @@
+"""The datasets, their order, and the reader of shapes."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import BACKGROUNDS, COLOURS, SHAPES, SIZES, Folder, Shapes, UserError, load_dataset, sample_order
+from evaluate import read_shapes, shapes_report
+
+ATTRIBUTES = ("colour", "background", "shape", "scale")
+
+
+def picture(path, colour=(200, 10, 10), size=(20, 12)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_shapes_are_a_function_of_seed_and_index():
+    a, b = Shapes(16, seed=3), Shapes(16, seed=3)
+    together = b.__getitems__([5, 6, 7])
+    assert torch.equal(a[6]["image"], together[1]["image"]) and a[6]["caption"] == together[1]["caption"]
+    assert not torch.equal(Shapes(16, seed=4)[6]["image"], a[6]["image"])
+    assert a[6]["image"].dtype == torch.uint8 and a[6]["image"].shape == (3, 16, 16)
+
+
+def test_shapes_cover_every_combination_evenly():
+    attributes = Shapes(16).attributes(range(7200))
+    mode = sum(attributes[k] * 10**i for i, k in enumerate(ATTRIBUTES))
+    _, counts = mode.unique(return_counts=True)
+    assert len(counts) == len(COLOURS) * len(BACKGROUNDS) * len(SHAPES) * len(SIZES)
+    assert counts.min() > 60 and counts.max() < 145, "each of 72 combinations is expected 100 times"
+
+
+def test_a_drawing_has_the_area_and_place_its_rule_says():
+    size, radius = 64, SIZES["large"]
+    areas = (torch.pi * radius**2, 4 * radius**2, 2 * radius**2)
+    for shape, area in enumerate(areas):
+        mask = common.coverage(torch.tensor([shape]), torch.tensor([radius]), torch.tensor([0.4]), torch.tensor([0.6]), size)[0]
+        assert mask.sum().item() / size**2 == pytest.approx(area, rel=0.02)
+        assert mask.sum(0).argmax() > 0 and mask[:, : int((0.4 - radius) * size) - 1].sum() == 0
+        assert (mask.sum(0) * torch.arange(size)).sum() / mask.sum() == pytest.approx(0.4 * size - 0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_real_drawings_are_read_back_exactly(size):
+    dataset = Shapes(size, seed=11)
+    attributes = dataset.attributes(range(1000 if size == 16 else 100))
+    read = read_shapes(dataset.draw(attributes))
+    for name in ATTRIBUTES:
+        assert torch.equal(read[name], attributes[name]), name
+    assert (read["x"] - attributes["x"]).abs().max() * size < 0.04 and (read["y"] - attributes["y"]).abs().max() * size < 0.04
+    assert read["error"].max() < 2e-3
+
+
+def test_damaged_drawings_are_not_clean():
+    dataset = Shapes(16, seed=12)
+    attributes = dataset.attributes(range(300))
+    images = dataset.draw(attributes)
+    background = torch.tensor(list(BACKGROUNDS.values()))[attributes["background"]][:, :, None, None] * 255
+    other = dataset.draw({**attributes, "x": 1 - attributes["x"], "y": 1 - attributes["y"], "colour": (attributes["colour"] + 1) % 4})
+    covered = (images.float() - background).abs().sum(1, keepdim=True) > 2
+    apart = (torch.hypot(attributes["x"] - 0.5, attributes["y"] - 0.5) > 0.2) & (attributes["scale"] == 0)
+
+    clean = lambda x: shapes_report(x.round().to(torch.uint8))["clean"]
+    assert clean(images.float()) == 1
+    assert clean(background.expand_as(images)) == 0, "no shape"
+    assert clean(torch.rand(images.shape) * 255) == 0, "noise"
+    assert clean(torch.where(covered, images, other)[apart].float()) == 0, "two shapes"
+    half = images.float().clone()
+    for i, y in enumerate(attributes["y"]):
+        half[i, :, int(y * 16):] = background[i]
+    assert clean(half) < 0.05, "the lower half is missing"
+    grayish = background + (images.float() - background) * 0.5
+    assert clean(grayish) < 0.05, "half the contrast"
+    noisy = (images.float() + 8 * torch.randn(images.shape)).clamp(0, 255)
+    assert clean(noisy) > 0.9, "faint noise, 3 % of the range, is tolerated"
+
+
+def test_report_counts_modes_and_attributes():
+    dataset = Shapes(16, seed=1)
+    attributes = dataset.attributes(range(400))
+    report = shapes_report(dataset.draw(attributes), attributes)
+    assert report["right"] == 1 and report["modes"] == report["modes_total"] == 36
+    one = {k: v[:1].expand(50) for k, v in attributes.items()}
+    collapsed = shapes_report(dataset.draw(one), attributes | {k: v[:50] for k, v in attributes.items()})
+    assert collapsed["clean"] == 1 and collapsed["modes"] == 1 and collapsed["mode_imbalance"] == pytest.approx(35 / 36)
+    assert collapsed["right"] < 0.3
+
+
+class Finite:
+    endless = False
+
+    def __len__(self):
+        return 10
+
+
+def test_order_is_a_permutation_a_epoch_and_independent_of_slicing():
+    order = sample_order(Finite(), 1, range(30))
+    assert all(sorted(order[i:i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert order[:10] != order[10:20], "another order in every epoch"
+    assert order[7:13] == sample_order(Finite(), 1, range(7, 13)), "any slice, also across epochs"
+    assert order != sample_order(Finite(), 2, range(30))
+    assert sample_order(Shapes(16), 1, range(5, 8)) == [5, 6, 7]
+
+
+def test_folder_by_class(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(2):
+            picture(tmp_path / name / f"{i}.png")
+    dataset = load_dataset(str(tmp_path), 8)
+    assert [dataset[i]["caption"] for i in range(4)] == ["cat", "cat", "dog", "dog"]
+    assert dataset[0]["image"].shape == (3, 8, 8)
+    assert dataset[0]["image"][:, 4, 4].tolist() == [200, 10, 10]
+
+
+def test_folder_with_metadata(tmp_path):
+    picture(tmp_path / "a" / "1.png")
+    picture(tmp_path / "2.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(
+        json.dumps(dict(file_name=n, text=t)) for n, t in (("2.png", "a second"), ("a/1.png", "a first"))))
+    dataset = load_dataset(str(tmp_path), 8)
+    assert [dataset[i]["caption"] for i in range(len(dataset))] == ["a second", "a first"]
+
+
+def test_folder_with_text_beside(tmp_path):
+    picture(tmp_path / "1.png")
+    picture(tmp_path / "2.jpg")
+    (tmp_path / "1.txt").write_text("a red field\n")
+    dataset = load_dataset(str(tmp_path), 8)
+    assert [dataset[i]["caption"] for i in range(2)] == ["a red field", ""]
+
+
+def test_broken_picture_is_replaced_and_named(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", colour=(i * 50, 0, 0))
+    (tmp_path / "1.png").write_bytes(b"not a picture")
+    dataset = load_dataset(str(tmp_path), 8)
+    sample = dataset[1]
+    assert sample["skipped"] == [str(tmp_path / "1.png")]
+    assert sample["image"][0, 0, 0] == 100, "the next one takes its place"
+
+
+def test_folders_that_cannot_work(tmp_path):
+    with pytest.raises(UserError, match="no pictures"):
+        load_dataset(str(tmp_path), 8)
+    (tmp_path / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="none of its 1 pictures"):
+        load_dataset(str(tmp_path), 8)
+    with pytest.raises(UserError, match="shapes, cifar10"):
+        load_dataset(str(tmp_path / "absent"), 8)
+    (tmp_path / "metadata.jsonl").write_text("{oops\n")
+    with pytest.raises(UserError, match="metadata.jsonl"):
+        load_dataset(str(tmp_path), 8)
+
+
+def test_cifar10_without_network(tmp_path, monkeypatch):
+    import torchvision
+
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", no_network)
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--dataset FOLDER"):
+        load_dataset("cifar10", 32)
