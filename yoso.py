@@ -63,7 +63,8 @@ class Config:
     iterations: int = flag(200_000, "updates of each network; paper: 200k")
     batch_size: int = flag(256, "global batch, over all processes; paper: 256")
     micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result; costs a forward")
-    lr: float = flag(2e-4, "Adam learning rate of both networks, constant; paper: 2e-4")
+    lr: float = flag(2e-4, "Adam learning rate of the generator, constant; paper: 2e-4")
+    lr_d: float = flag(2e-4, "Adam learning rate of the discriminator, constant; paper: 2e-4")
     ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999")
     image_size: int = flag(32, "pixels; pictures are resized and centre-cropped")
     flip: bool = flag(True, "mirror the pictures at random, as DDGAN does")
@@ -185,14 +186,17 @@ class Generator(nn.Module):
         if config.attention:
             down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
         has_z = config.latent_z > 0
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 and c >= 4 * g for c in config.channels))
         self.unet = UNet2DModel(
             sample_size=config.image_size, block_out_channels=config.channels, layers_per_block=config.layers,
-            down_block_types=down, up_block_types=up, add_attention=config.attention, norm_num_groups=min(32, config.channels[0] // 4),
+            down_block_types=down, up_block_types=up, add_attention=config.attention, norm_num_groups=groups,
             class_embed_type="identity" if has_z else None, resnet_time_scale_shift="scale_shift" if has_z else "default")
-        # DDGAN's mapping network: four layers of width 256, then to the width of the time embedding.
-        widths = [config.latent_z, 256, 256, 256, 256]
-        layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
-        self.mapping = nn.Sequential(*layers, nn.Linear(256, 4 * config.channels[0])) if has_z else None
+        self.mapping = None
+        if has_z:
+            # DDGAN's mapping network: four layers of width 256, then to the width of the time embedding.
+            widths = [config.latent_z, 256, 256, 256, 256]
+            layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
+            self.mapping = nn.Sequential(*layers, nn.Linear(256, 4 * config.channels[0]))
 
     def forward(self, x_t, t, z=None):
         """x_t [B, 3, H, W], t [B], z [B, latent_z] or None -> x0 [B, 3, H, W]."""
@@ -235,6 +239,10 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList(DiscriminatorBlock(a, b, c_time, down=i > 0)
                                     for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
         self.final, self.end = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1), nn.Linear(widths[-1], 1)
+        for module in self.modules():
+            # torch's default initialisation shrinks the signal in every layer, and D learns several times slower.
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, a=0.2)
         nn.init.zeros_(self.end.weight), nn.init.zeros_(self.end.bias)
 
     def forward(self, x, t):
@@ -392,7 +400,7 @@ def train(config):
         generator.compile(), discriminator.compile()
     ema = EMA(generator, config.ema)
     optimizer_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.9, 0.999), fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.0, 0.999), fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), config.lr_d, betas=(0.0, 0.999), fused=True)
     run.begin(dict(generator=generator, discriminator=discriminator, ema=ema, optimizer_g=optimizer_g, optimizer_d=optimizer_d))
 
     def save_samples(path):

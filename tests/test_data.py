@@ -72,7 +72,8 @@ def test_damaged_drawings_are_not_clean():
     half = images.float().clone()
     for i, y in enumerate(attributes["y"]):
         half[i, :, int(y * 16):] = background[i]
-    assert clean(half) < 0.05, "the lower half is missing"
+    not_triangle = attributes["shape"] != SHAPES.index("triangle")  # the upper half of a large triangle is a small triangle
+    assert clean(half[not_triangle]) < 0.02, "the lower half is missing"
     grayish = background + (images.float() - background) * 0.5
     assert clean(grayish) < 0.05, "half the contrast"
     noisy = (images.float() + 8 * torch.randn(images.shape)).clamp(0, 255)
