@@ -101,9 +101,10 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config):
-        """config: a diffusers scheduler config (a dict or a scheduler's .config)."""
+        """config: a diffusers scheduler config (a dict or a scheduler's .config), of which only the betas matter."""
         from diffusers import DDPMScheduler
-        return cls(DDPMScheduler.from_config(dict(config)).alphas_cumprod)
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        return cls(DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod)
 
     def __len__(self):
         return len(self.alpha)
@@ -252,21 +253,22 @@ class EMA:
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.2, 0.9), "yellow": (0.95, 0.85, 0.1)}
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5), "black": (0.0, 0.0, 0.0)}
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": 3 / 16, "large": 5 / 16}  # half the side of the box around the shape, in units of the picture
+SIZES = {"small": 0.25, "large": 0.36}  # radius of the disc of the same area, in units of the picture
+HALF = torch.tensor([1, (torch.pi / 4)**0.5, (torch.pi / 2)**0.5])  # half the side of each shape's box, in units of that radius
 
 
 def coverage(shape, radius, x, y, size):
     """How much of each pixel the shape covers, in [0, 1]: [N, size, size].
 
-    shape: indices into SHAPES, [N]; radius, and the centre x, y of the box: [N], in units of the picture, y downwards.
-    Every shape fills the box: a disc, a square, an upright isosceles triangle. Edges are one pixel soft.
+    shape: indices into SHAPES, [N]; radius as in SIZES, and the centre x, y of the shape's box: [N], in units of the picture,
+    y downwards. A disc, a square and an upright triangle as wide as high, of equal area. Edges are one pixel soft.
     """
     grid = (torch.arange(size) + 0.5) / size
     dx = grid.view(1, 1, -1) - x.view(-1, 1, 1)
     dy = grid.view(1, -1, 1) - y.view(-1, 1, 1)
-    r = radius.view(-1, 1, 1)
-    side = (2 * dx.abs() - dy - r) / 5**0.5  # signed distance to the triangle's flanks, which rise 2 for 1
-    distance = torch.stack([torch.hypot(dx, dy) - r, torch.maximum(dx.abs(), dy.abs()) - r, torch.maximum(side, dy - r)])
+    half = (radius * HALF[shape]).view(-1, 1, 1)
+    flank = (2 * dx.abs() - dy - half) / 5**0.5  # signed distance to the triangle's flanks, which rise 2 for 1
+    distance = torch.stack([torch.hypot(dx, dy) - half, torch.maximum(dx.abs(), dy.abs()) - half, torch.maximum(flank, dy - half)])
     return (0.5 - distance[shape, torch.arange(len(shape))] * size).clamp(0, 1)
 
 
@@ -286,8 +288,8 @@ class Shapes(Dataset):
         u = torch.tensor(np.stack([np.random.default_rng([self.seed, i]).random(6) for i in indices]), dtype=torch.float32)
         counts = torch.tensor([len(COLOURS), len(BACKGROUNDS), len(SHAPES), len(SIZES)])
         colour, background, shape, scale = (u[:, :4] * counts).long().unbind(1)
-        radius = torch.tensor(list(SIZES.values()))[scale]
-        x, y = radius + u[:, 4] * (1 - 2 * radius), radius + u[:, 5] * (1 - 2 * radius)
+        half = torch.tensor(list(SIZES.values()))[scale] * HALF[shape]
+        x, y = half + u[:, 4] * (1 - 2 * half), half + u[:, 5] * (1 - 2 * half)
         return dict(colour=colour, background=background, shape=shape, scale=scale, x=x, y=y)
 
     def draw(self, attributes):

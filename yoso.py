@@ -65,6 +65,7 @@ class Config:
     micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result; costs a forward")
     lr: float = flag(2e-4, "Adam learning rate of the generator, constant; paper: 2e-4")
     lr_d: float = flag(2e-4, "Adam learning rate of the discriminator, constant; paper: 2e-4")
+    lr_decay: float = flag(0.0, "share of the iterations, at the end, over which both rates fall linearly to 0; paper: 0")
     ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999")
     image_size: int = flag(32, "pixels; pictures are resized and centre-cropped")
     flip: bool = flag(True, "mirror the pictures at random, as DDGAN does")
@@ -87,7 +88,8 @@ class Config:
 PRESETS = {
     "cifar10": dict(),
     "shapes": dict(
-        image_size=16, iterations=6000, batch_size=32, lr=5e-4, ema=0.998, flip=False, distance="l2", r1=0.005,
+        image_size=16, iterations=6500, batch_size=32, lr=1e-3, lr_d=5e-4, lr_decay=0.5, ema=0.998, flip=False, distance="l2",
+        lambda_rec=20.0, lambda_con=20.0, r1=0.02,
         channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0, channels_d=(16, 32, 64, 128)),
     "small": dict(
         image_size=32, iterations=20_000, batch_size=64, lr=5e-4, ema=0.999, distance="l2", r1=0.005,
@@ -409,6 +411,9 @@ def train(config):
                 save_grid(draw_samples(generator, schedule, config, 64, 1, 0, run.device), path)
 
     for iteration, (x0, _) in enumerate(run.batches(dataset), run.start):
+        remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
+        for optimizer, lr in ((optimizer_g, config.lr), (optimizer_d, config.lr_d)):
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
         losses = train_step(iteration, x0, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
         ema.update()  # 6.
         if run.finish_iteration(iteration, losses):

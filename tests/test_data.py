@@ -36,12 +36,12 @@ def test_shapes_cover_every_combination_evenly():
 
 def test_a_drawing_has_the_area_and_place_its_rule_says():
     size, radius = 64, SIZES["large"]
-    areas = (torch.pi * radius**2, 4 * radius**2, 2 * radius**2)
-    for shape, area in enumerate(areas):
-        mask = common.coverage(torch.tensor([shape]), torch.tensor([radius]), torch.tensor([0.4]), torch.tensor([0.6]), size)[0]
-        assert mask.sum().item() / size**2 == pytest.approx(area, rel=0.02)
-        assert mask.sum(0).argmax() > 0 and mask[:, : int((0.4 - radius) * size) - 1].sum() == 0
-        assert (mask.sum(0) * torch.arange(size)).sum() / mask.sum() == pytest.approx(0.4 * size - 0.5, abs=0.1)
+    for shape in range(len(SHAPES)):
+        mask = common.coverage(torch.tensor([shape]), torch.tensor([radius]), torch.tensor([0.47]), torch.tensor([0.52]), size)[0]
+        assert mask.sum().item() / size**2 == pytest.approx(torch.pi * radius**2, rel=0.02)
+        assert (mask.sum(0) * torch.arange(size)).sum() / mask.sum() == pytest.approx(0.47 * size - 0.5, abs=0.1)
+        rows = (mask.sum(1) > 0.5).nonzero().flatten()
+        assert (rows[0] + rows[-1]) / 2 == pytest.approx(0.52 * size - 0.5, abs=1), "the box is centred"
 
 
 @pytest.mark.parametrize("size", [16, 32])

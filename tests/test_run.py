@@ -20,7 +20,7 @@ from common import NoiseSchedule, Run, UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "shapes", "--channels", "8", "16", "--channels-d", "8", "16", "--batch-size", "8",
-        "--log-every", "2", "--save-every", "4", "--sample-every", "4", "--device", "cpu"]
+        "--log-every", "2", "--lr-decay", "0", "--save-every", "4", "--sample-every", "4", "--device", "cpu"]
 
 
 def config(out, **changes):
@@ -326,7 +326,7 @@ def test_batch_not_divisible_by_ranks(tmp_path, monkeypatch, capsys):
 def test_another_configuration_is_refused_and_nothing_overwritten(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert "--lr was 0.0005, is 0.1" in fails(monkeypatch, capsys, *TINY, "--iterations", 12, "--out", tmp_path / "run", "--lr", 0.1)
+    assert "--lr was 0.001, is 0.1" in fails(monkeypatch, capsys, *TINY, "--iterations", 12, "--out", tmp_path / "run", "--lr", 0.1)
     assert "another configuration" in fails(monkeypatch, capsys, *TINY, "--out", tmp_path / "new", "--resume", finished, "--seed", 5)
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 

@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
-from common import BACKGROUNDS, COLOURS, SHAPES, SIZES, Folder, Shapes, UserError, coverage, load_dataset, run_command, sample_order
+from common import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Folder, Shapes, UserError, coverage, load_dataset, run_command, sample_order
 
 CLEAN = 0.2  # the largest share of a shape's contrast that the best drawing may leave unexplained
 REFERENCE_SEED = 10_000  # the reference drawings: a seed that no run uses by default
@@ -51,8 +51,8 @@ def _read_chunk(images):
 
     candidates = []
     for shape, scale in kinds:
-        radius = radii[scale]
-        line = torch.arange(radius, 1 - radius + 1e-6, 0.5 / size)
+        radius, half = radii[scale], radii[scale] * HALF[shape]
+        line = torch.arange(half, 1 - half + 1e-6, 0.5 / size)
         y, x = (v.flatten() for v in torch.meshgrid(line, line, indexing="ij"))
         masks = coverage(torch.full_like(x, shape).long(), radius.expand_as(x), x, y, size).flatten(1)  # [places, S * S]
         error = empty[..., None] - 2 * correlated @ masks.T + energy[..., None] * masks.square().sum(1)
@@ -69,10 +69,11 @@ def _read_chunk(images):
 
 def _refine(images, colour, background, shape, radius, x, y):
     n, _, size, _ = images.shape
+    half = radius * HALF[shape]
     offsets = torch.tensor([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]).float()
     for step in (1 / 4, 1 / 8, 1 / 16, 1 / 32):
-        xs = (x[:, None] + offsets[:, 0] * step / size).clamp(radius, 1 - radius)
-        ys = (y[:, None] + offsets[:, 1] * step / size).clamp(radius, 1 - radius)
+        xs = (x[:, None] + offsets[:, 0] * step / size).clamp(half, 1 - half)
+        ys = (y[:, None] + offsets[:, 1] * step / size).clamp(half, 1 - half)
         masks = coverage(torch.full((xs.numel(),), shape), radius.expand(xs.numel()), xs.flatten(), ys.flatten(), size).view(n, -1, 1, size, size)
         shapes = masks * (colour - background)[:, None, :, None, None]
         residual = (images[:, None] - background[:, None, :, None, None] - shapes).square().sum((2, 3, 4))
@@ -104,15 +105,15 @@ def shapes_report(images, wanted=None):
 
 
 class RandomConvFeatures(FeatureExtractorBase):
-    """144 features of a fixed random convolutional network (seed 0): means over the four quarters of the picture, after three
-    layers of 3x3 convolutions of stride 2, and the mean colours of the quarters. uint8 [N, 3, H, W] -> ([N, 144],)."""
+    """140 features of a fixed random convolutional network (seed 0): means over the four quarters of the picture, after three
+    layers of 3x3 convolutions of stride 2, and the mean colours of the quarters. uint8 [N, 3, H, W] -> ([N, 140],)."""
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
         generator = torch.Generator().manual_seed(0)
         self.filters = nn.ParameterList(
             nn.Parameter(torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i))**0.5, requires_grad=False)
-            for i, o in ((3, 32), (32, 32), (32, 33)))
+            for i, o in ((3, 32), (32, 32), (32, 32)))
 
     @staticmethod
     def get_provided_features_list():
@@ -130,7 +131,7 @@ class RandomConvFeatures(FeatureExtractorBase):
         return False
 
     def forward(self, input):
-        """uint8 [N, 3, H, W] -> ([N, 144],)."""
+        """uint8 [N, 3, H, W] -> ([N, 140],)."""
         x = h = input.float() / 127.5 - 1
         for weight in self.filters:
             h = nn.functional.relu(nn.functional.conv2d(h, weight, stride=2, padding=1))

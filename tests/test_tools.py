@@ -1,0 +1,101 @@
+"""The measures against closed forms, and the tools' commands."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+import ablate
+import benchmark
+import common
+import evaluate
+from common import Shapes
+from test_run import config, finished  # noqa: F401
+
+
+def drawings(n, seed=0):
+    dataset = Shapes(16, seed)
+    return dataset.draw(dataset.attributes(range(n)))
+
+
+def test_frechet_distance_of_gaussians():
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), for commuting covariances a sum over eigenvalues."""
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    a, b, m = rng.uniform(0.5, 2, 5), rng.uniform(0.5, 2, 5), rng.normal(size=5)
+    first, second = dict(mu=np.zeros(5), sigma=q @ np.diag(a) @ q.T), dict(mu=m, sigma=q @ np.diag(b) @ q.T)
+    expected = m @ m + ((a**0.5 - b**0.5)**2).sum()
+    assert fid_statistics_to_metric(first, second, False)["frechet_inception_distance"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_distances_tell_good_from_bad():
+    real = drawings(600, seed=1)
+    same = evaluate.distances(drawings(600, seed=2), real)
+    noisy = evaluate.distances((drawings(600, seed=2).float() + 60 * torch.randn(600, 3, 16, 16)).clamp(0, 255).to(torch.uint8), real)
+    assert same["frechet"] * 10 < noisy["frechet"]
+    assert same["precision"] > 0.8 and same["recall"] > 0.8
+    assert noisy["precision"] < 0.2
+
+
+def test_a_collapsed_generator_has_precision_and_no_recall():
+    """The orientation that released versions of torch-fidelity have swapped."""
+    real = drawings(600, seed=1)
+    collapsed = real[:1].repeat(600, 1, 1, 1) + torch.randint(0, 2, (600, 3, 16, 16), dtype=torch.uint8) * (real[:1] < 255)
+    found = evaluate.distances(collapsed, real)
+    assert found["precision"] > 0.9 and found["recall"] < 0.1
+
+
+def test_evaluate_command(finished, tmp_path, capsys):
+    evaluate.main(["--run", str(finished), "--num", "50", "--nfe", "2", "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    assert report["num"] == 50 and report["features"] == "random-conv" and report["torch_fidelity"] == torch_fidelity.__version__
+    assert {"frechet", "precision", "recall", "clean", "modes"} <= report.keys()
+
+
+def test_evaluate_two_folders(tmp_path):
+    from torchvision.io import write_png
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(drawings(40, seed)):
+            write_png(image, str(tmp_path / name / f"{i}.png"))
+    report = evaluate.evaluate(images=tmp_path / "a", dataset=str(tmp_path / "b"), num=100)
+    assert report["num"] == report["reference_num"] == 40
+    direct = evaluate.distances(drawings(40, 1), drawings(40, 2))
+    assert report["frechet"] == pytest.approx(direct["frechet"], rel=1e-6)
+
+
+def test_ablation_rows_are_kept_and_failures_named(tmp_path, monkeypatch):
+    rows = [dict(arm="yoso", seed=s, **{k: s for k in ablate.COLUMNS}) for s in (0, 1)]
+    for row in rows:
+        (tmp_path / f"yoso-seed{row['seed']}.json").write_text(json.dumps(row))
+    assert [ablate.run_row("yoso", s, 10, tmp_path, 10) for s in (0, 1)] == rows, "an existing row is not run again"
+    table = ablate.table(rows)
+    assert "| yoso | 2 | 0.5 ± 0.71 |" in table and "| UFOGen | 0 | not run |" in table
+    monkeypatch.setitem(ablate.ARMS, "yoso", ["--distance", "l3"])
+    failed = ablate.run_row("yoso", 7, 10, tmp_path, 10)
+    assert "--distance l3: unknown" in failed["failed"] and not (tmp_path / "yoso-seed7.json").exists()
+
+
+def test_benchmark_accounts_for_the_step(tmp_path):
+    parts, networks, device = benchmark.yoso_parts(config(tmp_path, r1=0.1), tmp_path / "run")
+    times = benchmark.time_parts(parts, 1, device)
+    assert {"step", "step with R1"} < times.keys() and all(t > 0 for t in times.values())
+    assert set(networks) == {"generator", "discriminator"}
+
+
+def test_every_command_of_the_readme_has_existing_flags():
+    """Flags in the README's commands exist in the script that the command names."""
+    import re
+    readme = (common.Path(__file__).parent.parent / "README.md").read_text()
+    sources = {name: (common.Path(__file__).parent.parent / name).read_text() for name in ("yoso.py", "common.py", "tools/evaluate.py",
+               "tools/ablate.py", "tools/benchmark.py", "tools/plot.py")}
+    commands = re.findall(r"(?:python|torchrun[^\n]*?) ((?:tools/)?\w+\.py)([^\n#]*)", readme)
+    assert len(commands) >= 8
+    for script, rest in commands:
+        for name in re.findall(r"--([a-z0-9-]+)", rest):
+            text = sources[script] + (sources["yoso.py"] if script == "tools/benchmark.py" else "")
+            assert f'"--{name}"' in text or f"\n    {name.replace('-', '_')}: " in text, (script, name)
