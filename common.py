@@ -250,17 +250,18 @@ class EMA:
 
 # Data
 
-COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.2, 0.9), "yellow": (0.95, 0.85, 0.1)}
+COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.05, 0.75, 0.1), "blue": (0.1, 0.2, 0.9), "yellow": (0.95, 0.85, 0.1)}
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5), "black": (0.0, 0.0, 0.0)}
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": 0.25, "large": 0.36}  # radius of the disc of the same area, in units of the picture
+# Range of the radius of the disc of the same area, in units of the picture; the gap keeps the word readable.
+SIZES = {"small": (0.22, 0.28), "large": (0.30, 0.36)}
 HALF = torch.tensor([1, (torch.pi / 4)**0.5, (torch.pi / 2)**0.5])  # half the side of each shape's box, in units of that radius
 
 
 def coverage(shape, radius, x, y, size):
     """How much of each pixel the shape covers, in [0, 1]: [N, size, size].
 
-    shape: indices into SHAPES, [N]; radius as in SIZES, and the centre x, y of the shape's box: [N], in units of the picture,
+    shape: indices into SHAPES, [N]; radius, as in SIZES, and the centre x, y of the shape's box: [N], in units of the picture,
     y downwards. A disc, a square and an upright triangle as wide as high, of equal area. Edges are one pixel soft.
     """
     grid = (torch.arange(size) + 0.5) / size
@@ -284,18 +285,20 @@ class Shapes(Dataset):
         self.size, self.seed = size, seed
 
     def attributes(self, indices):
-        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), x, y (picture units)."""
-        u = torch.tensor(np.stack([np.random.default_rng([self.seed, i]).random(6) for i in indices]), dtype=torch.float32)
+        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y (picture units)."""
+        u = torch.tensor(np.stack([np.random.default_rng([self.seed, i]).random(7) for i in indices]), dtype=torch.float32)
         counts = torch.tensor([len(COLOURS), len(BACKGROUNDS), len(SHAPES), len(SIZES)])
         colour, background, shape, scale = (u[:, :4] * counts).long().unbind(1)
-        half = torch.tensor(list(SIZES.values()))[scale] * HALF[shape]
+        low, high = torch.tensor(list(SIZES.values()))[scale].unbind(1)
+        radius = low + u[:, 6] * (high - low)
+        half = radius * HALF[shape]
         x, y = half + u[:, 4] * (1 - 2 * half), half + u[:, 5] * (1 - 2 * half)
-        return dict(colour=colour, background=background, shape=shape, scale=scale, x=x, y=y)
+        return dict(colour=colour, background=background, shape=shape, scale=scale, radius=radius, x=x, y=y)
 
     def draw(self, attributes):
         """attributes, as above -> uint8 pictures [N, 3, size, size]."""
         a = attributes
-        mask = coverage(a["shape"], torch.tensor(list(SIZES.values()))[a["scale"]], a["x"], a["y"], self.size)[:, None]
+        mask = coverage(a["shape"], a["radius"], a["x"], a["y"], self.size)[:, None]
         colour = torch.tensor(list(COLOURS.values()))[a["colour"]][:, :, None, None]
         background = torch.tensor(list(BACKGROUNDS.values()))[a["background"]][:, :, None, None]
         return ((background + mask * (colour - background)) * 255).round().to(torch.uint8)

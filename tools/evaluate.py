@@ -11,6 +11,7 @@ values compare runs of this project with one another and are no Inception FID), 
 import argparse
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ REFERENCE_SEED = 10_000  # the reference drawings: a seed that no run uses by de
 def read_shapes(images):
     """The drawing that fits each picture best in the least-squares sense, over all of Shapes' drawing rules.
 
-    images: uint8 [N, 3, S, S]. Returns a dict of tensors [N]: colour, background, shape, scale (indices), x, y (picture
-    units), and error: ||picture - drawing||^2 / ||drawing - its background||^2, so 0 for a perfect drawing, about 1 where the
-    shape is missing. Positions are searched on a half-pixel grid, then refined to 1/32 pixel for each shape and scale.
+    images: uint8 [N, 3, S, S]. Returns a dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y
+    (picture units), and error: ||picture - drawing||^2 / ||drawing - its background||^2, so 0 for a perfect drawing, about 1
+    where the shape is missing. Places are searched on a half-pixel grid and five radii, then refined for each shape.
     """
-    parts = [_read_chunk(chunk) for chunk in images.split(64)]
+    parts = [_read_chunk(chunk) for chunk in images.split(32)]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -42,45 +43,54 @@ def _read_chunk(images):
     images = images.float() / 255
     colours, backgrounds = torch.tensor(list(COLOURS.values())), torch.tensor(list(BACKGROUNDS.values()))
     contrast = colours[:, None] - backgrounds[None]  # [colours, backgrounds, 3]
-    kinds = [(shape, scale) for shape in range(len(SHAPES)) for scale in range(len(SIZES))]
-    radii = torch.tensor(list(SIZES.values()))
     over_background = images[:, None] - backgrounds[None, :, :, None, None]  # [N, backgrounds, 3, S, S]
     empty = over_background.square().sum((2, 3, 4))[:, None]  # the error of the background alone, [N, 1, backgrounds]
     correlated = torch.einsum("cbk,nbkhw->ncbhw", contrast, over_background).flatten(3)  # [N, c, b, S * S]
     energy = contrast.square().sum(2)[None]  # [1, c, b]
 
     candidates = []
-    for shape, scale in kinds:
-        radius, half = radii[scale], radii[scale] * HALF[shape]
-        line = torch.arange(half, 1 - half + 1e-6, 0.5 / size)
-        y, x = (v.flatten() for v in torch.meshgrid(line, line, indexing="ij"))
-        masks = coverage(torch.full_like(x, shape).long(), radius.expand_as(x), x, y, size).flatten(1)  # [places, S * S]
+    for shape in range(len(SHAPES)):
+        radius, x, y = _places(shape, size)
+        masks = coverage(torch.full((len(x),), shape), radius, x, y, size).flatten(1)  # [places, S * S]
         error = empty[..., None] - 2 * correlated @ masks.T + energy[..., None] * masks.square().sum(1)
         best = error.flatten(1).argmin(1)
-        place = best % len(x)
-        colour, background = best // len(x) // len(backgrounds), best // len(x) % len(backgrounds)
-        candidates.append(_refine(images, colours[colour], backgrounds[background], shape, radius, x[place], y[place])
-                          | dict(colour=colour, background=background, shape=torch.full((n,), shape), scale=torch.full((n,), scale)))
+        place, colour, background = best % len(x), best // len(x) // len(backgrounds), best // len(x) % len(backgrounds)
+        refined = _refine(images, colours[colour], backgrounds[background], shape, radius[place], x[place], y[place])
+        candidates.append(refined | dict(colour=colour, background=background, shape=torch.full((n,), shape)))
     winner = torch.stack([c["residual"] for c in candidates]).argmin(0)
     chosen = {k: torch.stack([c[k] for c in candidates])[winner, torch.arange(n)] for k in candidates[0]}
+    chosen["scale"] = (chosen["radius"] > (SIZES["small"][1] + SIZES["large"][0]) / 2).long()
     chosen["error"] = chosen.pop("residual") / chosen.pop("shape_energy")
     return chosen
 
 
+@lru_cache
+def _places(shape, size):
+    """The coarse search grid: radius, x, y [places]."""
+    grids = []
+    for radius in torch.linspace(SIZES["small"][0], SIZES["large"][1], 5).tolist():
+        half = radius * HALF[shape].item()
+        line = torch.arange(half, 1 - half + 1e-6, 0.5 / size)
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        grids.append(torch.stack([torch.full_like(x, radius), x, y]).flatten(1))
+    return torch.cat(grids, 1).unbind(0)
+
+
 def _refine(images, colour, background, shape, radius, x, y):
     n, _, size, _ = images.shape
-    half = radius * HALF[shape]
-    offsets = torch.tensor([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]).float()
-    for step in (1 / 4, 1 / 8, 1 / 16, 1 / 32):
-        xs = (x[:, None] + offsets[:, 0] * step / size).clamp(half, 1 - half)
-        ys = (y[:, None] + offsets[:, 1] * step / size).clamp(half, 1 - half)
-        masks = coverage(torch.full((xs.numel(),), shape), radius.expand(xs.numel()), xs.flatten(), ys.flatten(), size).view(n, -1, 1, size, size)
+    moves = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 3)  # of radius, x and y
+    for step in (1 / 4, 1 / 4, 1 / 8, 1 / 16, 1 / 32):
+        radii = (radius[:, None] + moves[:, 0] * step / size).clamp(SIZES["small"][0], SIZES["large"][1])
+        half = radii * HALF[shape]
+        xs = torch.clamp(x[:, None] + moves[:, 1] * step / size, half, 1 - half)
+        ys = torch.clamp(y[:, None] + moves[:, 2] * step / size, half, 1 - half)
+        masks = coverage(torch.full((xs.numel(),), shape), radii.flatten(), xs.flatten(), ys.flatten(), size).view(n, -1, 1, size, size)
         shapes = masks * (colour - background)[:, None, :, None, None]
         residual = (images[:, None] - background[:, None, :, None, None] - shapes).square().sum((2, 3, 4))
         best = residual.argmin(1, keepdim=True)
-        x, y = xs.gather(1, best)[:, 0], ys.gather(1, best)[:, 0]
+        radius, x, y = (v.gather(1, best)[:, 0] for v in (radii, xs, ys))
     energy = shapes.square().sum((2, 3, 4))
-    return dict(x=x, y=y, residual=residual.gather(1, best)[:, 0], shape_energy=energy.gather(1, best)[:, 0])
+    return dict(radius=radius, x=x, y=y, residual=residual.gather(1, best)[:, 0], shape_energy=energy.gather(1, best)[:, 0])
 
 
 def shapes_report(images, wanted=None):
@@ -210,7 +220,7 @@ def main(argv):
     parser.add_argument("--json", help="write the report to this file too")
     args = vars(parser.parse_args(argv))
     path = args.pop("json")
-    if not args["run"] == (not args["images"]) and not (args["images"] and args["dataset"]):
+    if bool(args["run"]) == bool(args["images"]) or (args["images"] and not args["dataset"]):
         raise UserError("give --run RUN, or --images FOLDER with --dataset")
     text = json.dumps(evaluate(**args), indent=1)
     if path:
