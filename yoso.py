@@ -21,8 +21,8 @@ What differs from the paper as printed. The discriminator's second term is log(1
 The target is under stop-gradient in both places. Both pictures go into D with the fake's t. The generator is diffusers'
 UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no FIR resampling.
 
-  python yoso.py                                      shapes, 2 CPU cores: minutes
-  python yoso.py --dataset FOLDER                     your pictures at 32 x 32, a network that a CPU can train
+  python yoso.py                                      shapes, 16 x 16: 9 minutes on 2 CPU cores
+  python yoso.py --dataset FOLDER                     your pictures at 32 x 32, preset small: @@SMALLTIME@@ on 2 CPU cores
   torchrun --nproc-per-node 8 yoso.py --dataset cifar10 --precision bf16         the paper's CIFAR-10 run
   python yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png
 """
@@ -65,7 +65,7 @@ class Config:
     micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result; costs a forward")
     lr: float = flag(2e-4, "Adam learning rate of the generator, constant; paper: 2e-4")
     lr_d: float = flag(2e-4, "Adam learning rate of the discriminator, constant; paper: 2e-4")
-    lr_decay: float = flag(0.0, "share of the iterations, at the end, over which both rates fall linearly to 0; paper: 0")
+    lr_decay: float = flag(0.0, "share of the iterations, at the end, in which both rates fall linearly to 0; paper: 0")
     ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999")
     image_size: int = flag(32, "pixels; pictures are resized and centre-cropped")
     flip: bool = flag(True, "mirror the pictures at random, as DDGAN does")
@@ -87,13 +87,17 @@ class Config:
 
 PRESETS = {
     "cifar10": dict(),
+    # Rates measured here, one seed each: lr_d 1e-3 diverges within 1,500 iterations; the weights' factor 1 gave 11 % clean
+    # one-step pictures after 2,000 iterations where 5 gave 39 %, and 20 more right four-step ones than 5.
     "shapes": dict(
         image_size=16, iterations=6500, batch_size=32, lr=1e-3, lr_d=5e-4, lr_decay=0.5, ema=0.998, flip=False, distance="l2",
         lambda_rec=20.0, lambda_con=20.0, r1=0.02,
         channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0, channels_d=(16, 32, 64, 128)),
+    # The same recipe, wider, for a folder of pictures on a CPU.
     "small": dict(
-        image_size=32, iterations=20_000, batch_size=64, lr=5e-4, ema=0.999, distance="l2", r1=0.005,
-        channels=(32, 64, 128, 128), layers=1, attention=False, latent_z=0, channels_d=(32, 64, 128, 256)),
+        image_size=32, iterations=2000, batch_size=32, lr=1e-3, lr_d=5e-4, lr_decay=0.5, ema=0.998, distance="l2",
+        lambda_rec=20.0, lambda_con=20.0, r1=0.02,
+        channels=(24, 48, 96, 96), layers=1, attention=False, latent_z=0, channels_d=(24, 48, 96, 192)),
 }
 
 
@@ -292,7 +296,7 @@ def update_discriminator(iteration, parts, run, config, schedule, discriminator,
     scalars = []
     for p in parts:
         real, fake, level = adversarial_pair(config.adversary, schedule, p["fake"].detach(), p["target"], p["x0"], p["x_r"], p["t"], p["noise"])
-        real.requires_grad_(with_r1)
+        real = real.detach().requires_grad_(with_r1)
         with run.autocast():
             logits = discriminator(torch.cat([real, fake]), torch.cat([level, level])).float()
         real_logits, fake_logits = logits.chunk(2)

@@ -27,7 +27,7 @@ ARMS = {
     "D_adv(p_d || p_t)": ["--adversary", "data"],
     "UFOGen": ["--adversary", "ufogen"],
 }
-COLUMNS = {"frechet": "Frechet distance", "modes": "modes of 36", "clean": "clean", "precision": "precision", "recall": "recall",
+COLUMNS = {"frechet": "Frechet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision", "recall": "recall",
            "L_D": "L_D, last half", "minutes": "minutes"}
 
 
