@@ -369,11 +369,16 @@ class Cifar10(Dataset):
 
     def __init__(self, size, root="data"):
         from torchvision.datasets import CIFAR10
+        downloads = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a machine, the others wait
+        if dist.is_initialized() and not downloads:
+            dist.barrier()
         try:
-            self.data = CIFAR10(root, train=True, download=int(os.environ.get("RANK", 0)) == 0)
+            self.data = CIFAR10(root, train=True, download=downloads)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--dataset cifar10: cannot download it to {root}/ ({error}); "
                             "with no network, give a folder with its pictures instead: --dataset FOLDER")
+        if dist.is_initialized() and downloads:
+            dist.barrier()
         self.size = size
 
     def __len__(self):

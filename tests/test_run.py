@@ -208,6 +208,32 @@ def test_micro_batches_equal_the_full_batch(tmp_path, adversary):
     assert all(part_losses[k].item() == pytest.approx(v.item(), rel=1e-4, abs=1e-6) for k, v in full_losses.items())
 
 
+def test_both_levels_share_data_noise_and_z(tmp_path):
+    """What train_step hands to the networks: Algorithm 1, lines 3 to 8, and Eq. 1's p^(0) at level 1."""
+    c, x0, given, compared = config(tmp_path, batch_size=16, latent_z=8), torch.randn(16, 3, 16, 16), [], []
+    nets, schedule = networks(c), NoiseSchedule.from_config(yoso.scheduler_config(c))
+    nets["generator"].register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    nets["discriminator"].register_forward_pre_hook(lambda _, inputs: compared.append(inputs))
+    yoso.train_step(0, x0, Run(c), c, schedule, yoso.squared_distance, **nets)
+    (x_t, t, z), (x_r, r, z_r) = given
+    assert torch.equal(r, t - 1) and torch.equal(z, z_r) and set(t.tolist()) == {1, 2, 3, 4}
+    alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(schedule.add_noise(x0, (x_t - alpha * x0) / sigma, r), x_r, atol=1e-5, rtol=0)
+    real, level = compared[0][0][:16], compared[0][1]
+    assert torch.equal(level, torch.cat([t, t])), "D is told the fake's level for both"
+    assert [torch.equal(a, b) for a, b in zip(real, x0)] == (t == 1).tolist()
+
+
+def test_the_average_follows_the_generator(tmp_path):
+    c = config(tmp_path, iterations=1, ema=0.75)
+    torch.manual_seed(c.seed)
+    start = dict(yoso.Generator(c).named_parameters())
+    yoso.train(c)
+    saved = state(tmp_path)
+    for name, value in start.items():
+        torch.testing.assert_close(saved["ema"][name], 0.75 * value.detach() + 0.25 * saved["generator"][name])
+
+
 def test_latent_z_changes_the_picture(tmp_path):
     c = config(tmp_path, latent_z=8)
     generator = networks(c)["generator"]
