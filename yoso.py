@@ -93,11 +93,11 @@ PRESETS = {
         image_size=16, iterations=6500, batch_size=32, lr=1e-3, lr_d=5e-4, lr_decay=0.5, ema=0.998, flip=False, distance="l2",
         lambda_rec=20.0, lambda_con=20.0, r1=0.02,
         channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0, channels_d=(16, 32, 64, 128)),
-    # The same recipe, wider, for a folder of pictures on a CPU.
+    # The same recipe for a folder of pictures on a CPU.
     "small": dict(
         image_size=32, iterations=2000, batch_size=32, lr=1e-3, lr_d=5e-4, lr_decay=0.5, ema=0.998, distance="l2",
         lambda_rec=20.0, lambda_con=20.0, r1=0.02,
-        channels=(24, 48, 96, 96), layers=1, attention=False, latent_z=0, channels_d=(24, 48, 96, 192)),
+        channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0, channels_d=(16, 32, 64, 128)),
 }
 
 
