@@ -50,7 +50,7 @@ def parse_config(config_class, presets, argv, description):
         kind = kind.get(field.type, dict(type=field.type))
         # SUPPRESS keeps absent flags out of the namespace, so that they can fall back to the preset.
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help'].replace('%', '%%')} (default: {field.default})", **kind)
+                            help=f"{field.metadata['help'].replace('%', '%%')} (if no preset says otherwise: {field.default})", **kind)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     dataset = given.get("dataset", config_class.dataset)
@@ -61,11 +61,11 @@ def parse_config(config_class, presets, argv, description):
 
 
 def run_command(main):
-    """Calls main(argv); a UserError becomes one line on stderr (from rank 0) and exit code 2."""
+    """Calls main(argv); a UserError becomes one line on stderr (from one process a machine) and exit code 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -134,9 +134,9 @@ class NoiseSchedule:
         v = alpha eps - sigma x0; score = -eps / sigma. An error in epsilon grows by sigma/alpha in x0 (14.6 at SD's last
         timestep, 157 at PixArt's), and x0 from epsilon is not defined where alpha = 0. Raises ValueError on an unknown type.
         """
+        prediction, x_t = prediction.float(), x_t.float()
         if source == target:
             return prediction
-        prediction, x_t = prediction.float(), x_t.float()
         alpha, sigma = broadcast(self.alpha, t, x_t), broadcast(self.sigma, t, x_t)
         match source:
             case "sample":
@@ -332,7 +332,7 @@ class Folder(Dataset):
             try:
                 rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
                 self.samples = [(root / row["file_name"], row.get("text", "")) for row in rows]
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"--dataset {root}: metadata.jsonl needs one JSON object a line with file_name and text ({error!r})")
         else:
             paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
@@ -434,7 +434,8 @@ def save_grid(images, path, columns=8):
 
 # Run
 
-# What may change between a run and its continuation: it alters neither the mathematics nor the networks.
+# What may change between a run and its continuation: it alters neither the mathematics nor the networks
+# (iterations only where no learning rate depends on it).
 FREE_FLAGS = {"iterations", "out", "resume", "device", "workers", "micro_batch", "compile", "gradient_checkpointing",
               "log_every", "save_every", "sample_every"}
 
@@ -478,11 +479,17 @@ def choose_device(name):
     return device
 
 
+def ignore_signals(worker):
+    """For the processes that read pictures: a signal to the whole group must not end them before the run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Run:
     """One training run: where it computes, what it draws, what it writes to config.out.
 
     Reads from the config: out, resume, seed, iterations, batch_size (global), micro_batch (in a process; 0: all at once),
-    device, precision, workers, log_every, save_every. Raises UserError, with nothing written, if one of them cannot work.
+    device, precision, workers, log_every, save_every, sample_every. Raises UserError, with nothing written, if one of them cannot work.
     micro_multiple: what a micro-batch must be a multiple of.
     """
 
@@ -493,6 +500,9 @@ class Run:
         for name in ("iterations", "batch_size", "log_every", "save_every", "sample_every"):
             if getattr(config, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+        for name in ("seed", "workers"):
+            if getattr(config, name) < 0:
+                raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
         if config.batch_size % self.world:
             raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by {self.world} processes")
         local = config.batch_size // self.world
@@ -527,9 +537,10 @@ class Run:
         if not source.exists():
             return None
         saved = read_checkpoint(source)
+        free = FREE_FLAGS - ({"iterations"} if getattr(self.config, "lr_decay", 0) else set())
         differing = [f"--{name.replace('_', '-')} was {saved['config'].get(name)}, is {value}"
                      for name, value in dataclasses.asdict(self.config).items()
-                     if name not in FREE_FLAGS and saved["config"].get(name) != value]
+                     if name not in free and saved["config"].get(name) != value]
         if differing:
             raise UserError(f"{source}: belongs to another configuration ({'; '.join(differing)}); "
                             "repeat that run's flags, or choose another --out")
@@ -559,7 +570,9 @@ class Run:
             lines = log.read_text().splitlines() if log.exists() else []
             # A line that a kill cut short has no closing brace.
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= self.start]
-            log.write_text("".join(line + "\n" for line in kept))
+            if kept != lines:
+                log.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+                os.replace(log.with_suffix(".tmp"), log)
         self.old_handlers = {number: signal.signal(number, lambda number, frame: setattr(self, "signal", number))
                              for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.config.iterations, initial=self.start, disable=self.rank > 0, smoothing=0.05,
@@ -577,12 +590,13 @@ class Run:
         order = (sample_order(dataset, self.config.seed, range(i * size + rows.start, i * size + rows.stop))
                  for i in range(self.start, self.config.iterations))
         # With a generator of its own the loader leaves the global one alone.
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.config.workers, collate_fn=list, generator=torch.Generator())
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.config.workers, collate_fn=list,
+                            generator=torch.Generator(), worker_init_fn=ignore_signals)
         for samples in loader:
             for path in sorted({p for s in samples for p in s["skipped"]} - self.skipped):
                 self.skipped.add(path)
                 tqdm.write(f"skipped, cannot be read as a picture: {path} ({len(self.skipped)} so far)", file=sys.stderr)
-            x0 = torch.stack([s["image"] for s in samples]).to(self.device, non_blocking=True)
+            x0 = torch.stack([s["image"] for s in samples]).to(self.device)
             yield x0.float() / 127.5 - 1, [s["caption"] for s in samples]
 
     def autocast(self):
@@ -656,11 +670,15 @@ class Run:
         if self.rank == 0:
             temporary = self.checkpoint.with_suffix(".tmp")
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            with open(temporary, "wb") as file:
-                torch.save(dict(iteration=done, config=dataclasses.asdict(self.config), state=state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.checkpoint)
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(dict(iteration=done, config=dataclasses.asdict(self.config), state=state), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.checkpoint)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise UserError(f"{self.checkpoint}: iteration {done} cannot be saved ({error.strerror}); the one before it is kept")
 
     def end(self):
         """Closes the run; after a signal, says how to go on and exits with 128 + its number."""
@@ -686,5 +704,7 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
         return saved
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read ({error})")
     except Exception as error:
         raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start this run anew")

@@ -22,8 +22,8 @@ The target is under stop-gradient in both places. Both pictures go into D with t
 UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no FIR resampling.
 
   python yoso.py                                      shapes, 16 x 16: 9 minutes on 2 CPU cores
-  python yoso.py --dataset FOLDER                     your pictures at 32 x 32, preset small: @@SMALLTIME@@ on 2 CPU cores
-  torchrun --nproc-per-node 8 yoso.py --dataset cifar10 --precision bf16         the paper's CIFAR-10 run
+  python yoso.py --dataset FOLDER --out runs/mine     your pictures at 32 x 32, preset small: half an hour on one CPU core
+  torchrun --nproc-per-node 8 yoso.py --dataset cifar10 --out runs/cifar10       the paper's preset, on GPUs
   python yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png
 """
 
@@ -53,7 +53,7 @@ class Config:
     seed: int = flag(0, "of weights, order of the data, and noise")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
-    compile: bool = flag(False, "torch.compile both networks")
+    compile: bool = flag(False, "torch.compile the networks; the discriminator only without R1, whose double backward it lacks")
     gradient_checkpointing: bool = flag(False, "recompute the generator's activations: less memory, more time")
     workers: int = flag(0, "processes that read pictures")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
@@ -373,7 +373,10 @@ def draw_samples(generator, schedule, config, num, nfe, seed, device, chunk=250)
 def load_generator(run, device="cpu"):
     """The averaged generator of a finished or running run's last checkpoint: (generator, schedule, config)."""
     saved = read_checkpoint(Path(run) / "checkpoint" / "state.pt")
-    config = Config(**saved["config"])
+    try:
+        config = Config(**saved["config"])
+    except TypeError as error:
+        raise UserError(f"{run}: not a run of this yoso.py ({error})")
     generator = Generator(config).to(device).eval()
     generator.load_state_dict(saved["state"]["ema"])
     return generator, NoiseSchedule.from_config(scheduler_config(config)).to(device), config
@@ -390,20 +393,44 @@ def scheduler_config(config):
                 original_inference_steps=config.levels + 1, timestep_scaling=1e4, clip_sample=True)
 
 
-def train(config):
-    """A whole run, or the rest of one."""
+def check(config):
+    """Raises UserError on flags that cannot work."""
     for name, choices in (("distance", ("l2", "lpips")), ("adversary", ("self", "data", "ufogen"))):
         if getattr(config, name) not in choices:
             raise UserError(f"--{name} {getattr(config, name)}: unknown; choose one of {', '.join(choices)}")
+    halvings = max(len(config.channels), len(config.channels_d)) - 1
+    for name, right, remedy in (
+            ("image-size", config.image_size >= 2**halvings and config.image_size % 2**halvings == 0, f"a multiple of {2**halvings}"),
+            ("channels", all(c >= 4 for c in config.channels), "at least 4 each"),
+            ("channels-d", all(c >= 1 for c in config.channels_d), "at least 1 each"),
+            ("attention", not config.attention or len(config.channels) > 1, "off where --channels has one resolution"),
+            ("levels", config.levels >= 1, "at least 1"), ("r1-every", config.r1_every >= 1, "at least 1"),
+            ("latent-z", config.latent_z >= 0, "at least 0"),
+            ("lr-decay", 0 <= config.lr_decay <= 1, "between 0 and 1"), ("ema", 0 <= config.ema < 1, "at least 0 and below 1")):
+        if not right:
+            raise UserError(f"--{name} {getattr(config, name.replace('-', '_'))}: must be {remedy}")
+
+
+def build_networks(config, device):
+    """(generator, discriminator) on the device, with --gradient-checkpointing and --compile applied."""
+    generator, discriminator = Generator(config).to(device), Discriminator(config).to(device)
+    if config.gradient_checkpointing:
+        generator.unet.enable_gradient_checkpointing()
+    if config.compile:
+        generator.compile()
+        if config.r1 == 0:
+            discriminator.compile()
+    return generator, discriminator
+
+
+def train(config):
+    """A whole run, or the rest of one."""
+    check(config)
     run = Run(config, micro_multiple=Discriminator.GROUP)
     dataset = load_dataset(config.dataset, config.image_size, config.seed)
     distance = load_distance(config.distance, run.device)
     schedule = NoiseSchedule.from_config(scheduler_config(config)).to(run.device)
-    generator, discriminator = Generator(config).to(run.device), Discriminator(config).to(run.device)
-    if config.gradient_checkpointing:
-        generator.unet.enable_gradient_checkpointing()
-    if config.compile:
-        generator.compile(), discriminator.compile()
+    generator, discriminator = build_networks(config, run.device)
     ema = EMA(generator, config.ema)
     optimizer_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.9, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), config.lr_d, betas=(0.0, 0.999), fused=True)
@@ -420,10 +447,10 @@ def train(config):
             optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
         losses = train_step(iteration, x0, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
         ema.update()  # 6.
-        if run.finish_iteration(iteration, losses):
-            break
         if (iteration + 1) % config.sample_every == 0:
             save_samples(run.out / "samples" / f"{iteration + 1:07d}.png")
+        if run.finish_iteration(iteration, losses):
+            break
     else:
         save_samples(run.out / "samples" / "final.png")
         if run.rank == 0:
@@ -456,12 +483,14 @@ def sample_command(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--grid", default="grid.png", help="the PNG to write")
     args = parser.parse_args(argv)
+    if args.num < 1:
+        raise UserError(f"--num {args.num}: must be at least 1")
     device = choose_device(args.device)
     generator, schedule, config = load_generator(args.run, device)
     try:
         save_grid(draw_samples(generator, schedule, config, args.num, args.nfe, args.seed, device), args.grid)
-    except OSError as error:
-        raise UserError(f"--grid {args.grid}: cannot be written ({error.strerror})")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--grid {args.grid}: cannot be written ({error})")
     print(f"{args.num} samples with {args.nfe} network call(s): {args.grid}")
 
 

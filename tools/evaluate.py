@@ -189,16 +189,19 @@ def take(dataset, num, seed=0):
     return torch.stack([dataset[i]["image"] for i in sample_order(dataset, seed, range(num))])
 
 
-def evaluate(run=None, images=None, dataset=None, num=1000, nfe=1, seed=0, features="random-conv"):
-    """The report of a run's samples, or of a folder of pictures, as a dict; see the module's first lines."""
+def evaluate(run=None, images=None, dataset=None, num=1000, nfe=1, seed=0, size=32, features="random-conv"):
+    """The report of a run's samples, or of a folder of pictures read at size x size, as a dict; see the module's first lines."""
+    if num < 5:
+        raise UserError(f"--num {num}: a distance needs at least 5 pictures")
     if run:
         generator, schedule, config = yoso.load_generator(run)
         generated = ((yoso.draw_samples(generator, schedule, config, num, nfe, seed, "cpu") / 2 + 0.5) * 255).round().to(torch.uint8)
         dataset = dataset or config.dataset
         source = dict(run=str(run), nfe=nfe, seed=seed)
     else:
-        from PIL import Image
-        folder = Folder(images, Image.open(next(p for p, _ in Folder(images, 32).samples)).height)
+        if not Path(images).is_dir():
+            raise UserError(f"--images {images}: there is no such folder")
+        folder = Folder(images, size)
         generated = take(folder, min(num, len(folder)))
         source = dict(images=str(images))
     size = generated.shape[-1]
@@ -220,6 +223,7 @@ def main(argv):
     parser.add_argument("--num", type=int, default=1000, help="number of pictures on both sides")
     parser.add_argument("--nfe", type=int, default=1, help="network calls a sample")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    parser.add_argument("--size", type=int, default=32, help="with --images: pixels to which both sides are brought")
     parser.add_argument("--features", choices=list(FEATURES), default="random-conv", help="of the Frechet distance, precision, recall")
     parser.add_argument("--json", help="write the report to this file too")
     args = vars(parser.parse_args(argv))
