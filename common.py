@@ -269,7 +269,8 @@ def coverage(shape, radius, x, y, size):
     dy = grid.view(1, -1, 1) - y.view(-1, 1, 1)
     half = (radius * HALF[shape]).view(-1, 1, 1)
     flank = (2 * dx.abs() - dy - half) / 5**0.5  # signed distance to the triangle's flanks, which rise 2 for 1
-    distance = torch.stack([torch.hypot(dx, dy) - half, torch.maximum(dx.abs(), dy.abs()) - half, torch.maximum(flank, dy - half)])
+    disc, square = torch.hypot(dx, dy) - half, torch.maximum(dx.abs(), dy.abs()) - half
+    distance = torch.stack([disc, square, torch.maximum(flank, dy - half)])
     return (0.5 - distance[shape, torch.arange(len(shape))] * size).clamp(0, 1)
 
 
@@ -337,8 +338,8 @@ class Folder(Dataset):
         else:
             paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
             texts = set(root.rglob("*.txt"))
-            self.samples = [(p, p.with_suffix(".txt") if p.with_suffix(".txt") in texts else p.parent.name if p.parent != root else "")
-                            for p in paths]
+            class_name = {p: p.parent.name if p.parent != root else "" for p in paths}
+            self.samples = [(p, p.with_suffix(".txt") if p.with_suffix(".txt") in texts else class_name[p]) for p in paths]
         if not self.samples:
             raise UserError(f"--dataset {root}: no pictures in it; give a folder by class, with metadata.jsonl, or with .txt captions")
         self[0]  # a folder without a single readable picture is told now, not in the middle of the run
@@ -510,7 +511,8 @@ class Run:
         if micro < 0 or local % micro:
             raise UserError(f"--micro-batch {micro}: does not divide the {local} samples of each process")
         if micro % micro_multiple:
-            raise UserError(f"--batch-size {config.batch_size}: gives {micro} samples at once, which must be a multiple of {micro_multiple}")
+            raise UserError(f"--batch-size {config.batch_size}: gives {micro} samples at once, "
+                            f"which must be a multiple of {micro_multiple}")
         if config.precision not in ("fp32", "bf16"):
             raise UserError(f"--precision {config.precision}: unknown; choose fp32 or bf16")
         self.rows = slice(self.rank * local, (self.rank + 1) * local)
@@ -524,7 +526,7 @@ class Run:
             starts = [None] * self.world
             dist.all_gather_object(starts, self.start)
             if len(set(starts)) > 1:
-                raise UserError(f"--out {config.out}: the processes find different checkpoints; it must lie on a disk that all share")
+                raise UserError(f"--out {config.out}: the processes find different checkpoints; use a disk that all share")
         torch.manual_seed(config.seed)  # the same weights on every rank
 
     def _read_checkpoint(self):
@@ -649,11 +651,13 @@ class Run:
             name = list(losses)[first_bad.index(min(first_bad))]
             kept = f"the checkpoint of iteration {read_checkpoint(self.checkpoint)['iteration']} is kept" \
                 if self.checkpoint.exists() else "no checkpoint had been written yet"
-            raise UserError(f"iteration {int(min(first_bad))}: {name} is not finite, stopped; {kept}; lower --lr, or use --precision fp32")
+            raise UserError(f"iteration {int(min(first_bad))}: {name} is not finite, stopped; {kept}; "
+                            "lower --lr, or use --precision fp32")
         now, count = time.perf_counter(), done - self.window_iteration
         row = {k: v / count / self.world for k, v in zip(losses, self.sums.tolist())}
         self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in row.items()), refresh=False)
-        row |= dict(images_per_second=count * self.config.batch_size / (now - self.window_start), peak_memory_gb=self._peak_memory_gb())
+        row |= dict(images_per_second=count * self.config.batch_size / (now - self.window_start),
+                    peak_memory_gb=self._peak_memory_gb())
         row = dict(iteration=done, **{k: float(f"{v:.6g}") for k, v in row.items()}, skipped_pictures=len(self.skipped))
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
@@ -678,7 +682,8 @@ class Run:
                 os.replace(temporary, self.checkpoint)
             except OSError as error:
                 temporary.unlink(missing_ok=True)
-                raise UserError(f"{self.checkpoint}: iteration {done} cannot be saved ({error.strerror}); the one before it is kept")
+                raise UserError(f"{self.checkpoint}: iteration {done} cannot be saved ({error.strerror}); "
+                                "the one before it is kept")
 
     def end(self):
         """Closes the run; after a signal, says how to go on and exits with 128 + its number."""

@@ -82,7 +82,7 @@ class Config:
     layers: int = flag(2, "residual blocks a resolution; NCSN++: 2")
     attention: bool = flag(True, "at the second resolution (16 x 16 of 32) and in the middle, as NCSN++")
     latent_z: int = flag(100, "size of DDGAN's latent z, 0: none; DDGAN: 100")
-    channels_d: tuple = flag((128, 256, 512, 512), "discriminator, by resolution; DDGAN: 128 256 512 512, 12.5 M")
+    channels_d: tuple = flag((128, 256, 512, 512), "discriminator, by resolution; DDGAN: 128 256 512 512, 12.7 M")
 
 
 PRESETS = {
@@ -184,7 +184,7 @@ def load_distance(name, device):
 # Networks
 
 class Generator(nn.Module):
-    """G(x_t, t, z) -> x0, [B, 3, H, W]: a UNet2DModel whose identity class embedding carries the mapped latent z [B, latent_z]."""
+    """G(x_t, t, z) -> x0, [B, 3, H, W]: a UNet2DModel whose identity class embedding carries the mapped latent z."""
 
     def __init__(self, config):
         super().__init__()
@@ -240,7 +240,8 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = config.channels_d
         c_time = 2 * widths[0]
-        self.time = nn.Sequential(Timesteps(c_time, flip_sin_to_cos=True, downscale_freq_shift=0), TimestepEmbedding(c_time, c_time))
+        self.time = nn.Sequential(Timesteps(c_time, flip_sin_to_cos=True, downscale_freq_shift=0),
+                                  TimestepEmbedding(c_time, c_time))
         self.start = nn.Conv2d(3, widths[0], 1)
         self.blocks = nn.ModuleList(DiscriminatorBlock(a, b, c_time, down=i > 0)
                                     for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
@@ -295,7 +296,8 @@ def update_discriminator(iteration, parts, run, config, schedule, discriminator,
     optimizer.zero_grad()
     scalars = []
     for p in parts:
-        real, fake, level = adversarial_pair(config.adversary, schedule, p["fake"].detach(), p["target"], p["x0"], p["x_r"], p["t"], p["noise"])
+        real, fake, level = adversarial_pair(config.adversary, schedule, p["fake"].detach(), p["target"], p["x0"], p["x_r"],
+                                             p["t"], p["noise"])
         real = real.detach().requires_grad_(with_r1)
         with run.autocast():
             logits = discriminator(torch.cat([real, fake]), torch.cat([level, level])).float()
@@ -317,7 +319,8 @@ def update_generator(parts, keep_graph, run, config, schedule, distance, generat
     for p in parts:
         with run.autocast():
             fake = p["fake"] if keep_graph else generator(p["x_t"], p["t"], p["z"]).float()
-            _, seen, level = adversarial_pair(config.adversary, schedule, fake, p["target"], p["x0"], p["x_r"], p["t"], p["noise"])
+            _, seen, level = adversarial_pair(config.adversary, schedule, fake, p["target"], p["x0"], p["x_r"],
+                                              p["t"], p["noise"])
             fake_logits = discriminator(seen, level).float()
         snr_t, snr_r = schedule.snr(p["t"]), schedule.snr(p["t"] - 1)
         L_G, losses = generator_loss(fake, p["x0"], p["target"], fake_logits, config.lambda_rec * reconstruction_weight(snr_t),
@@ -400,13 +403,14 @@ def check(config):
             raise UserError(f"--{name} {getattr(config, name)}: unknown; choose one of {', '.join(choices)}")
     halvings = max(len(config.channels), len(config.channels_d)) - 1
     for name, right, remedy in (
-            ("image-size", config.image_size >= 2**halvings and config.image_size % 2**halvings == 0, f"a multiple of {2**halvings}"),
+            ("image-size", config.image_size > 0 and config.image_size % 2**halvings == 0, f"a multiple of {2**halvings}"),
             ("channels", all(c >= 4 for c in config.channels), "at least 4 each"),
             ("channels-d", all(c >= 1 for c in config.channels_d), "at least 1 each"),
             ("attention", not config.attention or len(config.channels) > 1, "off where --channels has one resolution"),
             ("levels", config.levels >= 1, "at least 1"), ("r1-every", config.r1_every >= 1, "at least 1"),
             ("latent-z", config.latent_z >= 0, "at least 0"),
-            ("lr-decay", 0 <= config.lr_decay <= 1, "between 0 and 1"), ("ema", 0 <= config.ema < 1, "at least 0 and below 1")):
+            ("lr-decay", 0 <= config.lr_decay <= 1, "between 0 and 1"),
+            ("ema", 0 <= config.ema < 1, "at least 0 and below 1")):
         if not right:
             raise UserError(f"--{name} {getattr(config, name.replace('-', '_'))}: must be {remedy}")
 
@@ -475,7 +479,7 @@ def export(generator, ema, config, path):
 
 def sample_command(argv):
     """`python yoso.py sample`: a grid of a finished or running run's samples."""
-    parser = argparse.ArgumentParser(prog="yoso.py sample", description="One-step samples of a finished or running run.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="yoso.py sample", description="Samples of a finished or running run.", allow_abbrev=False)
     parser.add_argument("--run", default="runs/yoso", help="the run's folder")
     parser.add_argument("--num", type=int, default=64, help="number of pictures")
     parser.add_argument("--nfe", type=int, default=1, help="network calls a picture")

@@ -27,7 +27,8 @@ ARMS = {
     "D_adv(p_d || p_t)": ["--adversary", "data"],
     "UFOGen": ["--adversary", "ufogen"],
 }
-COLUMNS = {"frechet": "Frechet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision", "recall": "recall",
+COLUMNS = {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
+           "recall": "recall",
            "L_D": "L_D, last half", "minutes": "minutes"}
 
 
@@ -89,7 +90,8 @@ def main(argv):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
         torch.set_num_threads(1)
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: run_row(*job, args.iterations, args.out, args.num), [(a, s) for s in args.seeds for a in args.arms]))
+            jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
+            list(pool.map(lambda job: run_row(*job, args.iterations, args.out, args.num), jobs))
     print(table([json.loads(p.read_text()) for p in sorted(args.out.glob("*.json"))]))
 
 

@@ -51,7 +51,8 @@ def yoso_parts(config, folder):
     optimizer_g = torch.optim.Adam(generator.parameters(), 1e-6, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), 1e-6, betas=(0.0, 0.999), fused=True)
     schedule = NoiseSchedule.from_config(yoso.scheduler_config(config)).to(device)
-    x, z, t = (v.to(device) for v in (torch.randn(B, 3, size, size), torch.randn(B, config.latent_z), torch.randint(1, config.levels + 1, (B,))))
+    x, z = torch.randn(B, 3, size, size, device=device), torch.randn(B, config.latent_z, device=device)
+    t = torch.randint(1, config.levels + 1, (B,), device=device)
     x2, t2 = torch.cat([x, x]), torch.cat([t, t])
     # Iterations without R1; its double backward is spread over r1_every steps and timed apart.
     plain = yoso.Config(**{**vars(config), "r1": 0.0})
@@ -107,7 +108,8 @@ def main(argv):
         parts, networks, device = yoso_parts(config, folder + "/run")
         times = time_parts(parts, args.repeats, device)
     step, with_r1 = times.pop("step"), times.pop("step with R1", None)
-    report = dict(preset=config.preset, batch_size=config.batch_size, device=str(device), threads=torch.get_num_threads(), precision=config.precision,
+    report = dict(preset=config.preset, batch_size=config.batch_size, device=str(device), threads=torch.get_num_threads(),
+                  precision=config.precision,
                   parameters={k: sum(p.numel() for p in n.parameters()) for k, n in networks.items()},
                   step_ms=1e3 * step, images_per_second=config.batch_size / step,
                   share={k: v / step for k, v in times.items()}, overhead=1 - sum(times.values()) / step)

@@ -88,7 +88,8 @@ def _refine(images, colour, background, shape, radius, x, y):
         half = radii * HALF[shape]
         xs = torch.clamp(x[:, None] + moves[:, 1] * step / size, half, 1 - half)
         ys = torch.clamp(y[:, None] + moves[:, 2] * step / size, half, 1 - half)
-        masks = coverage(torch.full((xs.numel(),), shape), radii.flatten(), xs.flatten(), ys.flatten(), size).view(n, -1, 1, size, size)
+        masks = coverage(torch.full((xs.numel(),), shape), radii.flatten(), xs.flatten(), ys.flatten(), size)
+        masks = masks.view(n, -1, 1, size, size)
         shapes = masks * (colour - background)[:, None, :, None, None]
         residual = (images[:, None] - background[:, None, :, None, None] - shapes).square().sum((2, 3, 4))
         best = residual.argmin(1, keepdim=True)
@@ -108,7 +109,8 @@ def shapes_report(images, wanted=None):
     total = len(COLOURS) * len(SHAPES) * len(BACKGROUNDS)
     mode = (read["colour"] * len(SHAPES) + read["shape"]) * len(BACKGROUNDS) + read["background"]
     share = torch.bincount(mode[clean], minlength=total) / max(1, int(clean.sum()))
-    report = dict(clean=clean.float().mean().item(), sharp=(read["error"] < SHARP).float().mean().item(), modes=int((share > 0).sum()), modes_total=total,
+    report = dict(clean=clean.float().mean().item(), sharp=(read["error"] < SHARP).float().mean().item(),
+                  modes=int((share > 0).sum()), modes_total=total,
                   mode_imbalance=(share - 1 / total).abs().sum().item() / 2,
                   error_median=read["error"].median().item())
     if wanted is not None:
@@ -195,7 +197,8 @@ def evaluate(run=None, images=None, dataset=None, num=1000, nfe=1, seed=0, size=
         raise UserError(f"--num {num}: a distance needs at least 5 pictures")
     if run:
         generator, schedule, config = yoso.load_generator(run)
-        generated = ((yoso.draw_samples(generator, schedule, config, num, nfe, seed, "cpu") / 2 + 0.5) * 255).round().to(torch.uint8)
+        samples = yoso.draw_samples(generator, schedule, config, num, nfe, seed, "cpu")
+        generated = ((samples / 2 + 0.5) * 255).round().to(torch.uint8)
         dataset = dataset or config.dataset
         source = dict(run=str(run), nfe=nfe, seed=seed)
     else:
