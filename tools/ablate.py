@@ -70,7 +70,7 @@ def table(rows):
             values = torch.tensor([float(r[key]) for r in mine])
             spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3g}{spread}" if len(values) else "not run")
-        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cells) + " |")
+        lines.append("| " + arm.replace("|", "\\|") + f" | {len(mine)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
