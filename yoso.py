@@ -87,8 +87,9 @@ class Config:
 
 PRESETS = {
     "cifar10": dict(),
-    # Rates measured here, one seed each: lr_d 1e-3 diverges within 1,500 iterations; the weights' factor 1 gave 11 % clean
-    # one-step pictures after 2,000 iterations where 5 gave 39 %, and 20 more right four-step ones than 5.
+    # Measured here on earlier sizes of the shapes, one seed each: lr_d 1e-3 diverged in four of four runs within 1,700
+    # iterations; the weights' factor 1 gave 11 % clean one-step pictures after 2,000 iterations where 5 gave 39 %. The 20 was
+    # chosen by its pictures and not compared with 5 under equal conditions.
     "shapes": dict(
         image_size=16, iterations=6500, batch_size=32, lr=1e-3, lr_d=5e-4, lr_decay=0.5, ema=0.998, flip=False, distance="l2",
         lambda_rec=20.0, lambda_con=20.0, r1=0.02,
@@ -247,7 +248,7 @@ class Discriminator(nn.Module):
                                     for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
         self.final, self.end = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1), nn.Linear(widths[-1], 1)
         for module in self.modules():
-            # torch's default initialisation shrinks the signal in every layer, and D learns several times slower.
+            # torch's default initialisation shrinks the signal in every layer: L_D 1.38 after 1,000 iterations against 1.15.
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, a=0.2)
         nn.init.zeros_(self.end.weight), nn.init.zeros_(self.end.bias)
