@@ -3,10 +3,11 @@
 One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2).
 x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients come as [B, 1, 1, 1].
 
-Sections: command line, noise schedule, denoiser, EMA, data, run.
+Sections: command line, noise schedule, denoiser, pretrained models, LoRA, scorers, EMA, data, run.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -15,13 +16,15 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -165,11 +168,12 @@ class Denoiser:
     """A diffusers network, its schedule and what it predicts, seen as one function of (x_t, t, condition).
 
     net: UNet2DModel, UNet2DConditionModel or PixArtTransformer2DModel; the condition is a dict of the network's own keyword
-    arguments, so that one call serves them all.
+    arguments, so that one call serves them all. adapter: the LoRA that is on in this denoiser's calls, of those that add_lora
+    gave to the net, or None for the bare weights: several denoisers can share one net.
     """
 
-    def __init__(self, net, schedule, prediction_type):
-        self.net, self.schedule, self.prediction_type = net, schedule, prediction_type
+    def __init__(self, net, schedule, prediction_type, adapter=None):
+        self.net, self.schedule, self.prediction_type, self.adapter = net, schedule, prediction_type, adapter
 
     def predict(self, x_t, t, target="sample", cond=None, null=None, guidance_scale=1.0):
         """The prediction as `target` ("sample", "epsilon", "v_prediction" or "score"), [B, C, H, W].
@@ -183,8 +187,26 @@ class Denoiser:
         return self.schedule.convert(output, x_t, t, self.prediction_type, target)
 
     def _forward(self, x_t, t, cond):
-        # Networks with learned sigma (PixArt) return 2C channels, of which the first C are the prediction.
-        return self.net(x_t, timestep=t, **(cond or {})).sample[:, :x_t.shape[1]]
+        with use_lora(self.net, self.adapter):
+            # Networks with learned sigma (PixArt) return 2C channels, of which the first C are the prediction.
+            return self.net(x_t, timestep=t, **(cond or {})).sample[:, :x_t.shape[1]].float()
+
+
+@torch.no_grad()
+def ddim_sample(denoiser, x_T, steps, cond=None, null=None, guidance_scale=1.0):
+    """Deterministic DDIM from x_T [B, C, H, W] to x0 in `steps` steps, spaced like diffusers' "trailing", ending at alpha = 1.
+
+    With one step it is the one-step prediction at the last timestep.
+    """
+    schedule, T = denoiser.schedule, len(denoiser.schedule)
+    timesteps = [round(T - i * T / steps) - 1 for i in range(steps)]
+    x_t = x_T
+    for i, timestep in enumerate(timesteps):
+        t = torch.full((len(x_t),), timestep, device=x_t.device)
+        eps = denoiser.predict(x_t, t, "epsilon", cond, null, guidance_scale)
+        x0 = schedule.convert(eps, x_t, t, "epsilon", "sample")
+        x_t = schedule.add_noise(x0, eps, torch.full_like(t, timesteps[i + 1])) if i + 1 < steps else x0
+    return x_t
 
 
 class InformativePrior:
@@ -206,6 +228,334 @@ class InformativePrior:
     def start(self, schedule, eps, eps_prime):
         """x_T [B, C, H, W] from two standard normal draws of that shape."""
         return schedule.alpha[-1] * (self.mean + self.std * eps_prime) + schedule.sigma[-1] * eps
+
+
+# Pretrained models
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline", "DDPMPipeline", "DDIMPipeline")
+
+
+def load(path_or_id, device="cpu", lora=""):
+    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in eval mode.
+
+    SD 1.5, 2.1, SDXL, PixArt-alpha, this project's exports, or a UNet2DModel in pixel space (`google/ddpm-cifar10-32`; with
+    classes, their names lie beside it in classes.json). lora: directory or file of LoRA weights that are merged into the network.
+    Raises UserError if it cannot be loaded or is of another class.
+    """
+    import diffusers
+    for library in (diffusers.utils.logging, __import__("transformers").utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()  # the Codec warns of long prompts itself, once
+    local = Path(path_or_id).is_dir()
+    if not local and (Path(path_or_id).exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/"))):
+        raise UserError(f"{path_or_id}: there is no such directory")
+    if local and not (Path(path_or_id) / "model_index.json").is_file():
+        raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; give the directory that holds one")
+    try:
+        name = diffusers.DiffusionPipeline.load_config(path_or_id)["_class_name"]
+        if name not in PIPELINES:
+            raise UserError(f"{path_or_id}: a {name}, which is not supported; give one of {', '.join(PIPELINES)}")
+        # The safety checker is a network of its own that training has no use for.
+        extra = dict(safety_checker=None, requires_safety_checker=False) if name == "StableDiffusionPipeline" else {}
+        pipe = getattr(diffusers, name).from_pretrained(path_or_id, dtype=torch.float32, **extra)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if local:
+            raise UserError(f"{path_or_id}: cannot be loaded, a part is missing or damaged ({reason})")
+        raise UserError(f"{path_or_id}: neither a local directory nor to be had from the Hugging Face hub ({reason}); "
+                        "a local directory works without a network")
+    if lora:
+        merge_lora_file(pipe, lora)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(device).eval().requires_grad_(False)
+    net = getattr(pipe, "transformer", None) or pipe.unet
+    schedule = NoiseSchedule.from_config(pipe.scheduler.config).to(device)
+    classes = Path(path_or_id) / "classes.json"
+    return (Denoiser(net, schedule, pipe.scheduler.config.get("prediction_type", "epsilon")),
+            Codec(pipe, json.loads(classes.read_text()) if classes.is_file() else None))
+
+
+class Codec:
+    """What surrounds a network: prompts -> its condition, pictures <-> its x0.
+
+    pipe: the pipeline (its parts are used: tokenizers, text encoders, VAE). x0 has the shape [B, *self.shape]: latents, or
+    the pictures themselves for a pixel-space model, whose condition is the class that a prompt names, or nothing.
+    Pictures are [B, 3, H, W] in [-1, 1]; conditions are dicts of the network's keyword arguments.
+    """
+
+    def __init__(self, pipe, classes=None):
+        self.pipe, self.classes, self.name = pipe, classes, type(pipe).__name__
+        net = getattr(pipe, "transformer", None) or pipe.unet
+        self.shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
+        self.vae = getattr(pipe, "vae", None)
+        self.picture_size = self.shape[-1] * (pipe.vae_scale_factor if self.vae is not None else 1)
+        self.guided = self.name not in ("DDPMPipeline", "DDIMPipeline") or net.config.num_class_embeds is not None
+        if self.vae is None and self.guided and classes is None:
+            # A published class-conditional network without names: prompts name the class by its number.
+            self.classes = [str(i) for i in range(net.config.num_class_embeds - 1)]
+        self.device = next(net.parameters()).device
+
+    @torch.no_grad()
+    def cond(self, prompts):
+        """Prompts -> the condition, batch B. Raises UserError if a prompt names no class of a class-conditional model."""
+        arguments = dict(device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        match self.name:
+            case "StableDiffusionPipeline":
+                return dict(encoder_hidden_states=self.pipe.encode_prompt(prompts, **arguments)[0])
+            case "StableDiffusionXLPipeline":
+                embeddings, _, pooled, _ = self.pipe.encode_prompt(prompts, **arguments)
+                pixels = self.picture_size
+                # Micro-conditioning: original size, crop corner, target size.
+                time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=pooled.dtype, device=self.device)
+                added = dict(text_embeds=pooled, time_ids=time_ids.expand(len(prompts), -1))
+                return dict(encoder_hidden_states=embeddings, added_cond_kwargs=added)
+            case "PixArtAlphaPipeline":
+                embeddings, mask, _, _ = self.pipe.encode_prompt(prompts, max_sequence_length=self._max_tokens(), **arguments)
+                resolution = aspect_ratio = None
+                if self.pipe.transformer.config.sample_size == 128:  # the 1024-pixel model is told its size
+                    resolution = torch.full((len(prompts), 2), float(self.picture_size), device=self.device)
+                    aspect_ratio = torch.ones(len(prompts), 1, device=self.device)
+                return dict(encoder_hidden_states=embeddings, encoder_attention_mask=mask,
+                            added_cond_kwargs=dict(resolution=resolution, aspect_ratio=aspect_ratio))
+        return dict(class_labels=class_labels(prompts, self.classes).to(self.device)) if self.guided else {}
+
+    @torch.no_grad()
+    def null(self, n):
+        """The empty condition of guidance for a batch of n: the empty prompt, SDXL's zero embeddings, the class "none"."""
+        if self.vae is None:
+            return dict(class_labels=torch.full((n,), len(self.classes), device=self.device)) if self.guided else {}
+        null = self.cond([""])
+        if self.pipe.config.get("force_zeros_for_empty_prompt", False):
+            null["encoder_hidden_states"] = torch.zeros_like(null["encoder_hidden_states"])
+            null["added_cond_kwargs"]["text_embeds"] = torch.zeros_like(null["added_cond_kwargs"]["text_embeds"])
+        return map_cond(lambda v: v.expand(n, *v.shape[1:]), null)
+
+    def encode(self, images, noise=None):
+        """Pictures -> x0 [B, *shape]; noise [B, *shape] draws from the VAE's posterior, without it its mean."""
+        if self.vae is None:
+            return images
+        output = self.vae.encode(images)
+        if hasattr(output, "latents"):  # AutoencoderTiny
+            return output.latents * self.vae.config.scaling_factor
+        posterior = output.latent_dist
+        return (posterior.mean if noise is None else posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+    def decode(self, x0):
+        """x0 -> pictures, with the gradient."""
+        return x0 if self.vae is None else self.vae.decode(x0 / self.vae.config.scaling_factor).sample
+
+    def _max_tokens(self):
+        return 120 if self.pipe.tokenizer.model_max_length > 120 else self.pipe.tokenizer.model_max_length
+
+    def warn_of_long(self, prompts):
+        """One line on stderr if prompts are longer than the text encoder takes; they are cut."""
+        tokenizer = getattr(self.pipe, "tokenizer", None)
+        if tokenizer is None:
+            return
+        limit = self._max_tokens()
+        long = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
+        if long:
+            print(f"{long} of {len(prompts)} prompts are longer than the text encoder's {limit} tokens; their ends are not read",
+                  file=sys.stderr)
+
+
+def map_cond(function, *conds):
+    """Conditions -> a condition: function over the tensors of equal place; None stays None."""
+    first = conds[0]
+    if isinstance(first, dict):
+        return {k: map_cond(function, *(c[k] for c in conds)) for k in first}
+    return None if first is None else function(*conds)
+
+
+def load_prompts(path):
+    """The prompts of a file, a list of str: .jsonl with prompt, caption or text in each line, else plain text, one a line.
+
+    Raises UserError if there is none, or it is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in lines]
+            lines = [next(row[k] for k in ("prompt", "caption", "text") if k in row) for row in rows]
+    except OSError as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error.strerror})")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path}: not UTF-8 (byte {error.start}); save it as UTF-8")
+    except (ValueError, TypeError, StopIteration):
+        raise UserError(f"--prompts {path}: every line must be a JSON object with prompt, caption or text")
+    if not lines:
+        raise UserError(f"--prompts {path}: has no prompt in it")
+    return lines
+
+
+class HalfUNet(torch.nn.Module):
+    """The down and mid blocks of a UNet2DConditionModel as features: YOSO's perceptual distance and discriminator.
+
+    A copy of that half of `unet`, which is left as it is.
+    """
+
+    def __init__(self, unet):
+        super().__init__()
+        # What memo names is replaced instead of copied; diffusers' own forward then ends with the mid block's output.
+        memo = {id(unet.up_blocks): torch.nn.ModuleList(), id(unet.conv_norm_out): None, id(unet.conv_out): torch.nn.Identity()}
+        self.unet = copy.deepcopy(unet, memo)
+
+    def forward(self, x_t, t, cond):
+        """x_t [B, C, H, W], t [B], cond a dict -> features [B, C', H', W'] (SD 1.5 at 64 x 64: 1280 x 8 x 8)."""
+        return self.unet(x_t, timestep=t, **cond).sample
+
+
+# LoRA
+
+# Attention, feed-forward and convolutions, as the authors of YOSO chose them.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv1",
+                "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
+    """Adds the LoRA `name` to a frozen network, which starts as no change; returns its parameters, by name.
+
+    It acts inside `use_lora(net, name)`, and in a Denoiser with that adapter. The network's own weights stay frozen.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    if hasattr(net, "add_adapter"):
+        net.add_adapter(config, adapter_name=name)
+    else:  # PixArtTransformer2DModel
+        from peft import inject_adapter_in_model
+        inject_adapter_in_model(config, net, adapter_name=name)
+        net.peft_config = getattr(net, "peft_config", {}) | {name: config}
+    net.lora_layers = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in net.lora_layers:
+        layer._disable_adapters = True
+    # peft's own switches also switch requires_grad, and a gradient is then lost without a word: set it once, for all adapters.
+    for key, parameter in net.named_parameters():
+        parameter.requires_grad_("lora_" in key)
+    return {key: p for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key}
+
+
+@contextmanager
+def use_lora(net, name):
+    """Inside the with block the network runs with the LoRA `name`, or on its bare weights (None)."""
+    layers = getattr(net, "lora_layers", ())
+    state = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, state):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def enable_checkpointing(net):
+    """Gradient checkpointing whose recomputation in the backward pass uses the adapter of the forward pass."""
+    def checkpoint(module, *args):
+        layers = getattr(net, "lora_layers", ())
+        name = layers[0]._active_adapter[0] if layers and not layers[0]._disable_adapters else None
+        return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False,
+                                                 context_fn=lambda: (nullcontext(), use_lora(net, name)))
+    net.enable_gradient_checkpointing(checkpoint)
+
+
+def merge_lora_file(pipe, path):
+    """LoRA weights of a file or directory, merged into the pipeline's network. Raises UserError if they do not fit."""
+    try:
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(path)
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        else:  # PixArtAlphaPipeline
+            from peft import PeftModel
+            pipe.transformer = PeftModel.from_pretrained(pipe.transformer, path).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be loaded as LoRA weights ({' '.join(str(error).split())[:300]})")
+
+
+# Scorers
+
+SCORERS = {
+    "clip": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),  # PickScore has no processor of its own
+}
+
+
+class Scorer:
+    """How well pictures fit texts: the cosine of their embeddings, with the gradient to the pictures.
+
+    CLIP score and PickScore are this cosine (times a logit scale of 100); so is HPS v2. Made by load_scorer.
+    """
+
+    def __init__(self, embed_images, embed_texts, size, mean, std, device):
+        self.embed_images, self.embed_texts, self.size, self.device = embed_images, embed_texts, size, device
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+
+    @torch.no_grad()
+    def texts(self, prompts):
+        """Prompts -> unit vectors [B, D]."""
+        return F.normalize(self.embed_texts(prompts).float(), dim=-1)
+
+    def images(self, pictures):
+        """Pictures [B, 3, H, W] in [-1, 1] -> unit vectors [B, D], with the gradient.
+
+        Shorter edge resized to the network's size (bicubic, antialiased), centre crop, normalised. Not clamped: a clamp would
+        take the gradient from saturated pixels.
+        """
+        x = pictures.float() / 2 + 0.5
+        if min(x.shape[2:]) != self.size:
+            scale = self.size / min(x.shape[2:])
+            x = F.interpolate(x, size=[int(side * scale + 1e-6) for side in x.shape[2:]], mode="bicubic", antialias=True)
+        top, left = ((side - self.size) // 2 for side in x.shape[2:])
+        x = x[:, :, top:top + self.size, left:left + self.size]
+        return F.normalize(self.embed_images((x - self.mean.to(x)) / self.std.to(x)).float(), dim=-1)
+
+    def __call__(self, pictures, texts):
+        """Cosines [B] of pictures and texts (from .texts)."""
+        return (self.images(pictures) * texts).sum(-1)
+
+
+def load_scorer(name, device="cpu"):
+    """"clip", "pickscore", "hps" (HPS v2.1), or a directory or hub id of a CLIPModel with its processor -> Scorer, frozen.
+
+    Raises UserError if it cannot be loaded.
+    """
+    try:
+        return _open_clip_scorer(device) if name == "hps" else _transformers_scorer(*SCORERS.get(name, (name, name)), device)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"{name}: cannot be loaded as a CLIPModel with its processor ({' '.join(str(error).split())[:300]}); "
+                        "a local directory works without a network")
+
+
+def _transformers_scorer(model_id, processor_id, device):
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+    model = CLIPModel.from_pretrained(model_id, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    tokenizer, processor = AutoTokenizer.from_pretrained(processor_id), AutoImageProcessor.from_pretrained(processor_id)
+
+    def embed_texts(prompts):
+        tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                           max_length=model.config.text_config.max_position_embeddings)
+        return model.get_text_features(**tokens.to(device)).pooler_output
+
+    return Scorer(lambda x: model.get_image_features(pixel_values=x).pooler_output, embed_texts,
+                  model.config.vision_config.image_size, processor.image_mean, processor.image_std, device)
+
+
+def _open_clip_scorer(device):
+    try:
+        import open_clip
+    except ImportError:
+        raise UserError("hps: needs one more package: pip install open_clip_torch")
+    from huggingface_hub import hf_hub_download
+    model = open_clip.create_model("ViT-H-14", hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt"), device=device)
+    model.eval().requires_grad_(False)
+    tokenizer = open_clip.get_tokenizer("ViT-H-14")
+    return Scorer(model.encode_image, lambda prompts: model.encode_text(tokenizer(list(prompts)).to(device)),
+                  model.visual.image_size[0], open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device)
 
 
 # EMA
@@ -281,20 +631,31 @@ class Shapes(Dataset):
     """
 
     endless = True
+    classes = []
 
     def __init__(self, size, seed=0):
         self.size, self.seed = size, seed
 
-    def attributes(self, indices):
-        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y (picture units)."""
+    def attributes(self, indices, like=None):
+        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y (picture units).
+
+        like: such a dict, of which the words (colour, background, shape, scale) are kept: the same captions in other places.
+        """
         u = torch.tensor(np.stack([np.random.default_rng([self.seed, i]).random(7) for i in indices]), dtype=torch.float32)
         counts = torch.tensor([len(COLOURS), len(BACKGROUNDS), len(SHAPES), len(SIZES)])
-        colour, background, shape, scale = (u[:, :4] * counts).long().unbind(1)
-        low, high = torch.tensor(list(SIZES.values()))[scale].unbind(1)
+        words = dict(zip(("colour", "background", "shape", "scale"), (u[:, :4] * counts).long().unbind(1)))
+        words = {name: like[name] for name in words} if like else words
+        low, high = torch.tensor(list(SIZES.values()))[words["scale"]].unbind(1)
         radius = low + u[:, 6] * (high - low)
-        half = radius * HALF[shape]
+        half = radius * HALF[words["shape"]]
         x, y = half + u[:, 4] * (1 - 2 * half), half + u[:, 5] * (1 - 2 * half)
-        return dict(colour=colour, background=background, shape=shape, scale=scale, radius=radius, x=x, y=y)
+        return dict(**words, radius=radius, x=x, y=y)
+
+    def captions(self, attributes):
+        """One caption a picture, "a large red circle on white"."""
+        names = [list(n) for n in (SIZES, COLOURS, SHAPES, BACKGROUNDS)]
+        keys = zip(*(attributes[k].tolist() for k in ("scale", "colour", "shape", "background")))
+        return ["a {} {} {} on {}".format(*(n[k] for n, k in zip(names, key))) for key in keys]
 
     def draw(self, attributes):
         """attributes, as above -> uint8 pictures [N, 3, size, size]."""
@@ -310,10 +671,7 @@ class Shapes(Dataset):
     def __getitems__(self, indices):
         # DataLoader asks for a whole batch through this name: one vectorised drawing instead of one a picture.
         a = self.attributes(indices)
-        names = [list(n) for n in (SIZES, COLOURS, SHAPES, BACKGROUNDS)]
-        keys = zip(*(a[k].tolist() for k in ("scale", "colour", "shape", "background")))
-        captions = ["a {} {} {} on {}".format(*(n[k] for n, k in zip(names, key))) for key in keys]
-        return [dict(image=x, caption=c, skipped=[]) for x, c in zip(self.draw(a), captions)]
+        return [dict(image=x, caption=c, skipped=[]) for x, c in zip(self.draw(a), self.captions(a))]
 
 
 class Folder(Dataset):
@@ -327,7 +685,7 @@ class Folder(Dataset):
 
     def __init__(self, root, size):
         from torchvision.datasets.folder import IMG_EXTENSIONS
-        root, self.size = Path(root), size
+        root, self.size, self.classes = Path(root), size, []
         metadata = root / "metadata.jsonl"
         if metadata.is_file():
             try:
@@ -339,6 +697,8 @@ class Folder(Dataset):
             paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
             texts = set(root.rglob("*.txt"))
             class_name = {p: p.parent.name if p.parent != root else "" for p in paths}
+            if not texts:
+                self.classes = sorted(set(class_name.values()) - {""})
             self.samples = [(p, p.with_suffix(".txt") if p.with_suffix(".txt") in texts else class_name[p]) for p in paths]
         if not self.samples:
             raise UserError(f"--dataset {root}: no pictures in it; give a folder by class, with metadata.jsonl, or with .txt captions")
@@ -348,13 +708,14 @@ class Folder(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
-        from torchvision.transforms.v2 import functional as F
+        from torchvision.transforms.v2 import functional as TF
         skipped = []
         for step in range(len(self)):
             path, caption = self.samples[(index + step) % len(self)]
             try:
                 with Image.open(path) as file:
-                    image = F.center_crop(F.resize(F.pil_to_tensor(file.convert("RGB")), self.size, antialias=True), self.size)
+                    image = TF.resize(TF.pil_to_tensor(file.convert("RGB")), self.size, antialias=True)
+                    image = TF.center_crop(image, self.size)
                 if isinstance(caption, Path):
                     caption = caption.read_text().strip()
                 return dict(image=image, caption=caption, skipped=skipped)
@@ -380,7 +741,7 @@ class Cifar10(Dataset):
                             "with no network, give a folder with its pictures instead: --dataset FOLDER")
         if dist.is_initialized() and downloads:
             dist.barrier()
-        self.size = size
+        self.size, self.classes = size, self.data.classes
 
     def __len__(self):
         return len(self.data)
@@ -388,8 +749,8 @@ class Cifar10(Dataset):
     def __getitem__(self, index):
         image, label = torch.from_numpy(self.data.data[index]).permute(2, 0, 1), self.data.targets[index]
         if image.shape[-1] != self.size:
-            from torchvision.transforms.v2 import functional as F
-            image = F.resize(image, self.size, antialias=True)
+            from torchvision.transforms.v2 import functional as TF
+            image = TF.resize(image, self.size, antialias=True)
         return dict(image=image, caption=f"a photo of a {self.data.classes[label]}", skipped=[])
 
 
@@ -405,6 +766,21 @@ def load_dataset(name, size, seed=0):
     if not Path(name).is_dir():
         raise UserError(f"--dataset {name}: unknown; choose shapes, cifar10 or the path of an existing folder of pictures")
     return Folder(name, size)
+
+
+def class_labels(prompts, classes):
+    """The index of the class whose name stands in each prompt (the longest, if several do), int64 [B].
+
+    Raises UserError on a prompt that names none.
+    """
+    labels = []
+    for prompt in prompts:
+        words = f" {prompt.lower()} "
+        found = [name for name in classes if f" {name.lower()} " in words]
+        if not found:
+            raise UserError(f"prompt {prompt!r}: names no class of the model; its classes are {', '.join(classes)}")
+        labels.append(classes.index(max(found, key=len)))
+    return torch.tensor(labels)
 
 
 @lru_cache(maxsize=2)  # a batch reaches into two epochs at most
@@ -456,6 +832,10 @@ class Draws:
     def randn(self, *shape):
         """Standard normal, [local batch, *shape]."""
         return torch.randn(self.batch_size, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def rand(self):
+        """Uniform in [0, 1), [local batch]."""
+        return torch.rand(self.batch_size, generator=self.generator, device=self.device)[self.rows]
 
     def randint(self, low, high):
         """Uniform integers in [low, high), [local batch]."""

@@ -363,15 +363,18 @@ def sampling_levels(T, nfe):
     return [T - i * (T + 1) // nfe for i in range(nfe)]
 
 
-def draw_samples(generator, schedule, config, num, nfe, seed, device, chunk=250):
-    """num pictures in [-1, 1], on the CPU, [num, 3, H, W]; the same for the same seed."""
-    levels, shape, images = sampling_levels(config.levels, nfe), (3, config.image_size, config.image_size), []
+def draw_chunks(generator, schedule, config, num, nfe, seed, device, chunk=250):
+    """Yields num pictures in [-1, 1] in batches of `chunk`, on the CPU; the same for the same seed and chunk."""
+    levels, shape = sampling_levels(config.levels, nfe), (3, config.image_size, config.image_size)
     for first in range(0, num, chunk):
-        n = min(chunk, num - first)
-        draw = Draws(seed, first, n, slice(None), "cpu")  # drawn on the CPU: the same pictures on any device
+        draw = Draws(seed, first, min(chunk, num - first), slice(None), "cpu")  # drawn on the CPU: the same pictures on any device
         x_T, z = draw.randn(*shape).to(device), draw.randn(config.latent_z).to(device)
-        images.append(sample(generator, schedule, levels, x_T, z, [draw.randn(*shape).to(device) for _ in levels[1:]]).cpu())
-    return torch.cat(images)
+        yield sample(generator, schedule, levels, x_T, z, [draw.randn(*shape).to(device) for _ in levels[1:]]).cpu()
+
+
+def draw_samples(*arguments):
+    """draw_chunks in one tensor, [num, 3, H, W]."""
+    return torch.cat(list(draw_chunks(*arguments)))
 
 
 def load_generator(run, device="cpu"):

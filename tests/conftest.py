@@ -1,7 +1,10 @@
 """What all tests share: the import path and the seed."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test may wait for a network
 
 import pytest
 import torch

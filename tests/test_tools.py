@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 import ablate
 import benchmark
@@ -24,30 +23,42 @@ def drawings(n, seed=0):
 
 
 def test_frechet_distance_of_gaussians():
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), for commuting covariances a sum over eigenvalues."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), for commuting covariances a sum over eigenvalues.
+
+    The samples are whitened, so that their own mean and covariance are exactly the wanted ones.
+    """
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.normal(size=(5, 5)))
     a, b, m = rng.uniform(0.5, 2, 5), rng.uniform(0.5, 2, 5), rng.normal(size=5)
-    first, second = dict(mu=np.zeros(5), sigma=q @ np.diag(a) @ q.T), dict(mu=m, sigma=q @ np.diag(b) @ q.T)
+
+    def gaussian(mean, eigenvalues):
+        x = rng.normal(size=(1000, 5))
+        x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+        return torch.tensor(mean + x * eigenvalues**0.5 @ q.T)
+
     expected = m @ m + ((a**0.5 - b**0.5)**2).sum()
-    assert fid_statistics_to_metric(first, second, False)["frechet_inception_distance"] == pytest.approx(expected, rel=1e-6)
+    assert evaluate.distances(gaussian(0, a), gaussian(m, b))["frechet"] == pytest.approx(expected, rel=0.01)
 
 
-def test_distances_tell_good_from_bad():
-    real = drawings(600, seed=1)
-    same = evaluate.distances(drawings(600, seed=2), real)
-    noisy = evaluate.distances((drawings(600, seed=2).float() + 60 * torch.randn(600, 3, 16, 16)).clamp(0, 255).to(torch.uint8), real)
-    assert same["frechet"] * 3 < noisy["frechet"]
-    assert same["precision"] > 0.8 and same["recall"] > 0.8
-    assert noisy["precision"] < 0.4
+@pytest.fixture(scope="module")
+def embed():
+    return evaluate.load_features("random-conv")
 
 
-def test_a_collapsed_generator_has_precision_and_no_recall():
-    """The orientation that released versions of torch-fidelity have swapped."""
-    real = drawings(600, seed=1)
+def test_distances_tell_good_from_bad(embed):
+    """Two halves of the shapes are near 0, inverted shapes far away; noise costs precision, one picture repeated recall.
+
+    The last is the orientation that released versions of torch-fidelity have swapped.
+    """
+    real, good = drawings(600, seed=1), drawings(600, seed=2)
+    noisy = (good.float() + 60 * torch.randn(600, 3, 16, 16)).clamp(0, 255).to(torch.uint8)
     collapsed = real[:1].repeat(600, 1, 1, 1) + torch.randint(0, 2, (600, 3, 16, 16), dtype=torch.uint8) * (real[:1] < 255)
-    found = evaluate.distances(collapsed, real)
-    assert found["precision"] > 0.9 and found["recall"] < 0.1
+    same, inverted, noisy, collapsed = (evaluate.distances(embed(x), embed(real)) for x in (good, 255 - good, noisy, collapsed))
+    assert same["frechet"] * 4 < min(noisy["frechet"], inverted["frechet"])
+    assert abs(same["kid"]) < 0.001 and inverted["kid"] > 0.01
+    assert same["precision"] > 0.9 and same["recall"] > 0.9
+    assert noisy["precision"] < 0.4 and noisy["recall"] > 0.9
+    assert collapsed["precision"] > 0.9 and collapsed["recall"] < 0.1
 
 
 def test_evaluate_command(finished, tmp_path, capsys):
@@ -65,7 +76,8 @@ def test_evaluate_two_folders(tmp_path):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
     report = evaluate.evaluate(images=tmp_path / "a", dataset=str(tmp_path / "b"), num=100, size=16)
     assert report["num"] == report["reference_num"] == 40
-    direct = evaluate.distances(drawings(40, 1), drawings(40, 2))
+    embed = evaluate.load_features("random-conv")
+    direct = evaluate.distances(embed(drawings(40, 1)), embed(drawings(40, 2)))
     assert report["frechet"] == pytest.approx(direct["frechet"], rel=1e-6)
 
 
@@ -95,7 +107,7 @@ def test_every_command_of_the_readme_has_existing_flags():
     """Flags in the README's commands exist in the script that the command names."""
     readme = (common.Path(__file__).parent.parent / "README.md").read_text()
     sources = {name: (common.Path(__file__).parent.parent / name).read_text() for name in ("yoso.py", "common.py", "tools/evaluate.py",
-               "tools/ablate.py", "tools/benchmark.py", "tools/plot.py")}
+               "tools/ablate.py", "tools/benchmark.py", "tools/plot.py", "tools/pretrain.py")}
     commands = re.findall(r"(?:python|torchrun[^\n]*?) ((?:tools/)?\w+\.py)([^\n#]*)", readme)
     assert len(commands) >= 8
     for script, rest in commands:

@@ -1,11 +1,14 @@
-"""Measures pictures: shapes read back exactly, Frechet distance, precision and recall.
+"""Measures pictures: Frechet distance, KID, precision, recall, CLIP and reward scores; drawn shapes are read back exactly.
 
-    python tools/evaluate.py --run runs/yoso --num 1000 --nfe 1          a run's one-step samples against its own dataset
-    python tools/evaluate.py --images FOLDER --dataset FOLDER            one folder of pictures against another
+    python tools/evaluate.py --run runs/yoso --num 1000 --nfe 1                 a run's one-step samples
+    python tools/evaluate.py --model assets/mini-sd --steps 25 --guidance 2 --features assets/mini-clip --clip assets/mini-clip
+    python tools/evaluate.py --images FOLDER --dataset FOLDER                   one folder of pictures against another
 
-Writes one JSON object (--json FILE, else stdout). The Frechet distance is computed by torch-fidelity on the features named
-in the output: `random-conv` (RandomConvFeatures below: no download, sensitive to colours, edges and their layout; its
-values compare runs of this project with one another and are no Inception FID), or `inception` where its weights can be fetched.
+Writes one JSON object (--json FILE, and stdout) that states its protocol. Pictures are measured chunk by chunk as they are
+made, so 30,000 of them need no memory; --save FOLDER keeps them as a captioned folder. The distances are torch-fidelity's, on
+features named in the output: `random-conv` (RandomConvFeatures below: no download, sensitive to colours, edges and their
+layout; its values compare runs of this project with one another and are no Inception FID), `inception` where its weights can
+be fetched, or the image embeddings (unit vectors) of any CLIPModel, by its directory or hub id.
 """
 
 import argparse
@@ -16,12 +19,19 @@ from pathlib import Path
 
 import torch
 import torch_fidelity
+from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torch_fidelity.utils import create_feature_extractor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
-from common import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Folder, Shapes, UserError, coverage, load_dataset, run_command, sample_order
+from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, Shapes, UserError, choose_device, coverage, ddim_sample,
+                    load, load_dataset, load_prompts, load_scorer, run_command, sample_order)
 
 # The largest share of a shape's contrast that the best drawing may leave unexplained. Measured on real drawings of 16 x 16:
 # the best triangle for a disc or square leaves 0.21 or more, the best square for a disc 0.06 to 0.08. So CLEAN (one shape of
@@ -29,6 +39,8 @@ from common import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Folder, Shapes, Us
 # picture is a disc or a square hangs on its corners.
 CLEAN, SHARP = 0.2, 0.1
 REFERENCE_SEED = 10_000  # the reference drawings: a seed that no run uses by default
+PROMPT_SEED = 30_000  # the drawings whose captions a text-to-image model is asked for
+CHUNK = 250
 
 
 def read_shapes(images):
@@ -102,9 +114,13 @@ def shapes_report(images, wanted=None):
     """Share of clean and of sharp pictures, and coverage of the colour x shape x background combinations among the clean.
 
     images: uint8 [N, 3, S, S]. wanted: attributes as Shapes.attributes gives them; then also the share of pictures that are
-    clean and have the wanted colour, background and shape together, and each attribute's own share.
+    clean and have the wanted colour, background, shape and size together, and each attribute's own share.
     """
-    read = read_shapes(images)
+    return report_of(read_shapes(images), wanted)
+
+
+def report_of(read, wanted=None):
+    """shapes_report of drawings that read_shapes has read."""
     clean = read["error"] < CLEAN
     total = len(COLOURS) * len(SHAPES) * len(BACKGROUNDS)
     mode = (read["colour"] * len(SHAPES) + read["shape"]) * len(BACKGROUNDS) + read["background"]
@@ -116,7 +132,7 @@ def shapes_report(images, wanted=None):
     if wanted is not None:
         right = {k: (read[k] == wanted[k]) for k in ("colour", "background", "shape", "scale")}
         report |= {f"{k}_right": v.float().mean().item() for k, v in right.items()}
-        report["right"] = (clean & right["colour"] & right["background"] & right["shape"]).float().mean().item()
+        report["right"] = torch.stack([clean, *right.values()]).all(0).float().mean().item()
     return report
 
 
@@ -156,83 +172,171 @@ class RandomConvFeatures(FeatureExtractorBase):
 
 
 torch_fidelity.register_feature_extractor("random-conv", RandomConvFeatures)
-FEATURES = {"random-conv": "random-conv", "inception": "inception-v3-compat"}
+FEATURES = {"random-conv": ("random-conv", "quarters"), "inception": ("inception-v3-compat", "2048")}
 
 
-class Pictures(torch.utils.data.Dataset):
-    """uint8 [N, 3, H, W] as torch-fidelity reads its input."""
+def load_features(name, device="cpu"):
+    """"random-conv", "inception" or a CLIPModel -> a function of uint8 pictures [N, 3, H, W] to features [N, D] on the CPU.
 
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-
-def distances(generated, reference, features="random-conv"):
-    """Frechet distance, precision and recall (torch-fidelity, 3 neighbours) of uint8 pictures [N, 3, H, W] each.
-
-    Raises UserError if the features' weights cannot be fetched.
+    Raises UserError if its weights cannot be had.
     """
-    try:
-        metrics = torch_fidelity.calculate_metrics(
-            input1=Pictures(generated), input2=Pictures(reference), fid=True, prc=True, feature_extractor=FEATURES[features],
-            cuda=torch.cuda.is_available(), verbose=False, cache=False, save_cpu_ram=True)
-    except OSError as error:
-        raise UserError(f"--features {features}: its weights cannot be fetched ({error}); use --features random-conv")
-    return dict(frechet=metrics["frechet_inception_distance"], precision=metrics["precision"], recall=metrics["recall"])
+    if name in FEATURES:
+        extractor, layer = FEATURES[name]
+        try:
+            network = create_feature_extractor(extractor, [layer], cuda=False, verbose=False).to(device)
+        except OSError as error:
+            raise UserError(f"--features {name}: its weights cannot be fetched ({error}); use --features random-conv")
+        return torch.no_grad()(lambda images: network(images.to(device))[0].cpu().float())
+    scorer = load_scorer(name, device)
+    return torch.no_grad()(lambda images: scorer.images(to_signed(images).to(device)).cpu())
 
 
-def take(dataset, num, seed=0):
-    """num pictures of a dataset in the run's order: uint8 [num, 3, S, S]."""
-    return torch.stack([dataset[i]["image"] for i in sample_order(dataset, seed, range(num))])
+def to_signed(images):
+    """uint8 -> [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
-def evaluate(run=None, images=None, dataset=None, num=1000, nfe=1, seed=0, size=32, features="random-conv"):
-    """The report of a run's samples, or of a folder of pictures read at size x size, as a dict; see the module's first lines."""
+def to_uint8(pictures):
+    """[-1, 1] -> uint8, clamped and rounded."""
+    return ((pictures.float().clamp(-1, 1) / 2 + 0.5) * 255).round().to(torch.uint8).cpu()
+
+
+def distances(generated, reference):
+    """Frechet distance, KID (mean of 100 subsets), precision and recall (3 neighbours) of features [N, D] and [M, D]."""
+    statistics = [fid_features_to_statistics(f.double()) for f in (generated, reference)]
+    subset = min(1000, len(generated), len(reference))
+    kid = kid_features_to_metric(generated, reference, kid_subsets=100 if subset == 1000 else 1, kid_subset_size=subset, verbose=False)
+    prc = prc_features_to_metric(generated, reference, save_cpu_ram=True, verbose=False)
+    return dict(frechet=fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"],
+                kid=kid["kernel_inception_distance_mean"], precision=prc["precision"], recall=prc["recall"])
+
+
+# Sources of pictures: each yields (uint8 pictures [n, 3, S, S], their captions)
+
+def dataset_chunks(dataset, num, seed=0):
+    """num pictures of a dataset in the run's order."""
+    order = sample_order(dataset, seed, range(num))
+    for first in range(0, num, CHUNK):
+        samples = [dataset[i] for i in order[first:first + CHUNK]]
+        yield torch.stack([s["image"] for s in samples]), [s["caption"] for s in samples]
+
+
+def run_chunks(run, num, nfe, seed, device):
+    """One-step (or nfe-step) samples of a run of yoso.py."""
+    generator, schedule, config = yoso.load_generator(run, device)
+    for pictures in yoso.draw_chunks(generator, schedule, config, num, nfe, seed, device, CHUNK):
+        yield to_uint8(pictures), [""] * len(pictures)
+
+
+@torch.no_grad()
+def model_chunks(denoiser, codec, prompts, steps, guidance, seed, device, chunk=CHUNK):
+    """A pipeline's pictures for the prompts: DDIM with `steps` steps."""
+    for first in range(0, len(prompts), chunk):
+        captions = prompts[first:first + chunk]
+        draw = Draws(seed, first, len(captions), slice(None), "cpu")  # drawn on the CPU: the same pictures on any device
+        null = codec.null(len(captions)) if guidance != 1 else None
+        x0 = ddim_sample(denoiser, draw.randn(*codec.shape).to(device), steps, codec.cond(captions), null, guidance)
+        yield to_uint8(codec.decode(x0)), captions
+
+
+def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
+    """Goes once over chunks of pictures: (features [N, D], {scorer's name: mean score}, what read_shapes read or None)."""
+    features, scores, read, count = [], {name: 0.0 for name in scorers}, [], 0
+    with tqdm(total=num, desc=title, disable=not sys.stderr.isatty()) as bar:
+        for images, captions in chunks:
+            features.append(embed(images))
+            for name, scorer in scorers.items():
+                device = scorer.device
+                with torch.no_grad():
+                    scores[name] += scorer(to_signed(images).to(device), scorer.texts(captions)).sum().item() / num
+            if with_shapes:
+                read.append(read_shapes(images))
+            if save:
+                with open(save / "metadata.jsonl", "a", encoding="utf-8") as file:
+                    for i, (image, caption) in enumerate(zip(images, captions), count):
+                        Image.fromarray(image.permute(1, 2, 0).numpy()).save(save / f"{i:06d}.png")
+                        file.write(json.dumps(dict(file_name=f"{i:06d}.png", text=caption)) + "\n")
+            count += len(images)
+            bar.update(len(images))
+    return torch.cat(features), scores, {k: torch.cat([r[k] for r in read]) for k in read[0]} if read else None
+
+
+def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=1, steps=25, guidance=1.0, seed=0, size=32,
+             features="random-conv", clip=None, reward=None, save=None, device="auto"):
+    """The report, as a dict; the arguments are the command's flags."""
     if num < 5:
         raise UserError(f"--num {num}: a distance needs at least 5 pictures")
+    device, wanted = choose_device(device), None
+    embed = load_features(features, device)
+    scorers = {name: load_scorer(path, device) for name, path in (("clip", clip), ("reward", reward)) if path}
     if run:
-        generator, schedule, config = yoso.load_generator(run)
-        samples = yoso.draw_samples(generator, schedule, config, num, nfe, seed, "cpu")
-        generated = ((samples / 2 + 0.5) * 255).round().to(torch.uint8)
-        dataset = dataset or config.dataset
-        source = dict(run=str(run), nfe=nfe, seed=seed)
+        dataset = dataset or yoso.load_generator(run)[2].dataset
+        chunks, source = run_chunks(run, num, nfe, seed, device), dict(run=str(run), nfe=nfe, seed=seed)
+        size = yoso.load_generator(run)[2].image_size
+    elif model:
+        denoiser, codec = load(model, device, lora)
+        if guidance != 1 and not codec.guided:
+            raise UserError(f"--guidance {guidance}: {model} has no condition; use --guidance 1")
+        size, dataset = codec.picture_size, dataset or "shapes"
+        if prompts:
+            texts = load_prompts(prompts)
+            codec.warn_of_long(texts)
+            texts = [texts[i % len(texts)] for i in range(num)]
+        elif dataset == "shapes":
+            wanted = Shapes(size, PROMPT_SEED).attributes(range(num))
+            texts = Shapes(size).captions(wanted)
+        else:
+            texts = [text for _, captions in dataset_chunks(load_dataset(dataset, size), num, PROMPT_SEED) for text in captions]
+        chunks = model_chunks(denoiser, codec, texts, steps, guidance, seed, device)
+        source = dict(model=str(model), steps=steps, sampler="ddim", guidance=guidance, seed=seed,
+                      prompts=str(prompts) if prompts else f"captions of {dataset}, seed {PROMPT_SEED}")
     else:
         if not Path(images).is_dir():
             raise UserError(f"--images {images}: there is no such folder")
         folder = Folder(images, size)
-        generated = take(folder, min(num, len(folder)))
-        source = dict(images=str(images))
-    size = generated.shape[-1]
+        num = min(num, len(folder))
+        chunks, source = dataset_chunks(folder, num), dict(images=str(images))
     reference = Shapes(size, REFERENCE_SEED) if dataset == "shapes" else load_dataset(dataset, size)
-    real = take(reference, num if reference.endless else min(num, len(reference)))
-    report = dict(**source, dataset=str(dataset), num=len(generated), reference_num=len(real), features=features,
-                  torch_fidelity=torch_fidelity.__version__, **distances(generated, real, features))
-    if dataset == "shapes":
-        report |= shapes_report(generated)
-    return report
+    reference_num = num if reference.endless else min(num, len(reference))
+    if save:
+        save = Path(save)
+        if save.exists():
+            raise UserError(f"--save {save}: exists already; choose a new folder")
+        save.mkdir(parents=True)
+    generated, scores, read = measure(chunks, num, embed, scorers, dataset == "shapes", save, "generated")
+    real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None, "reference")
+    report = dict(**source, dataset=str(dataset), num=num, reference_num=reference_num,
+                  reference=f"shapes, seed {REFERENCE_SEED}" if dataset == "shapes" else "the dataset's first pictures in the order of seed 0",
+                  features=str(features), torch_fidelity=torch_fidelity.__version__, **distances(generated, real))
+    report |= {f"{name}_score": score for name, score in scores.items()}
+    return report | (report_of(read, wanted) if read else {})
 
 
 def main(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--run", help="a run's folder: its samples are measured")
-    parser.add_argument("--images", help="a folder of pictures to measure instead")
-    parser.add_argument("--dataset", help="the reference: shapes, cifar10 or a folder (default: the run's own)")
+    parser.add_argument("--run", help="a run of yoso.py: its samples are measured")
+    parser.add_argument("--model", help="a pipeline (directory or hub id): its pictures are measured")
+    parser.add_argument("--images", help="a folder of pictures to measure")
+    parser.add_argument("--dataset", help="the reference: shapes, cifar10 or a folder (default: the run's own, or shapes)")
+    parser.add_argument("--prompts", help="with --model: a file of prompts, instead of the dataset's captions")
+    parser.add_argument("--lora", default="", help="with --model: LoRA weights on top")
     parser.add_argument("--num", type=int, default=1000, help="number of pictures on both sides")
-    parser.add_argument("--nfe", type=int, default=1, help="network calls a sample")
+    parser.add_argument("--nfe", type=int, default=1, help="with --run: network calls a sample")
+    parser.add_argument("--steps", type=int, default=25, help="with --model: DDIM steps")
+    parser.add_argument("--guidance", type=float, default=1.0, help="with --model: guidance scale, 1: none")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     parser.add_argument("--size", type=int, default=32, help="with --images: pixels to which both sides are brought")
-    parser.add_argument("--features", choices=list(FEATURES), default="random-conv", help="of the Frechet distance, precision, recall")
+    parser.add_argument("--features", default="random-conv", help="random-conv, inception, or a CLIPModel's directory or hub id")
+    parser.add_argument("--clip", help="also the mean CLIP score (cosine) of this model: clip, or a CLIPModel's directory or hub id")
+    parser.add_argument("--reward", help="also the mean score of this reward: pickscore, hps, or a CLIPModel's directory or hub id")
+    parser.add_argument("--save", help="a new folder to which the pictures and their captions are written")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", help="write the report to this file too")
     args = vars(parser.parse_args(argv))
     path = args.pop("json")
-    if bool(args["run"]) == bool(args["images"]) or (args["images"] and not args["dataset"]):
-        raise UserError("give --run RUN, or --images FOLDER with --dataset")
+    if sum(bool(args[k]) for k in ("run", "model", "images")) != 1 or (args["images"] and not args["dataset"]):
+        raise UserError("give one of --run RUN, --model PIPELINE, or --images FOLDER with --dataset")
     text = json.dumps(evaluate(**args), indent=1)
     if path:
         Path(path).write_text(text + "\n")

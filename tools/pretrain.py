@@ -1,0 +1,379 @@
+"""Trains the models that the distillation scripts start from.
+
+    python tools/pretrain.py                                           the mini models of assets/, from drawn shapes
+    python tools/pretrain.py --dataset cifar10 --out runs/teacher      a class-conditional teacher in pixel space
+
+The mini models are ordinary diffusers and transformers directories, float16 safetensors, 32 x 32 pictures:
+  mini-clip       CLIPModel + processor: pictures against captions
+  mini-pickscore  mini-clip fine-tuned on preference pairs as PickScore was: which of two pictures for a prompt is better
+  mini-sd         StableDiffusionPipeline: UNet over 8 x 8 x 4 latents, AutoencoderKL, mini-clip's text tower, SD's schedule
+  mini-taesd      AutoencoderTiny, a cheap decoder for mini-sd's latents
+Every part's training is kept in --runs: Ctrl-C saves, the same command continues, and a finished part is not trained again.
+"""
+
+import copy
+import json
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline,
+                       UNet2DConditionModel, UNet2DModel)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import (BACKGROUNDS, COLOURS, EMA, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError, class_labels, flag,
+                    load_dataset, parse_config, run_command)
+
+IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
+SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
+                   set_alpha_to_one=True, timestep_spacing="trailing")
+NULL_SHARE = 0.1  # of captions replaced by the empty one, so that guidance has something to subtract; SD: 10 %
+HELD_OUT_SEED = 20_000  # drawings that no training sees
+
+
+@dataclass
+class Config:
+    """One field a flag; the text is also its --help."""
+    dataset: str = flag("shapes", "shapes: the mini models; cifar10 or a folder by class: a teacher in pixel space")
+    preset: str = flag("shapes", "sizes of a teacher: shapes, small; cifar10, DDPM's, for a GPU")
+    out: str = flag("assets", "folder of the mini models; for a teacher, its own folder")
+    runs: str = flag("runs/pretrain", "folder of the training itself, from which an interrupted one continues")
+    scale: float = flag(1.0, "factor on every part's iterations")
+    seed: int = flag(0, "of weights, drawings and noise")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    precision: str = flag("fp32", "fp32, or bf16 for the networks")
+    workers: int = flag(0, "processes that read pictures")
+    iterations: int = flag(20_000, "of a teacher; those of the mini models stand in PARTS")
+    batch_size: int = flag(64, "of a teacher")
+    lr: float = flag(5e-4, "of a teacher")
+    image_size: int = flag(32, "pixels of a teacher")
+    channels: tuple = flag((32, 64, 64), "of a teacher, by resolution")
+    attention: bool = flag(True, "of a teacher, at its lowest resolution")
+
+
+PRESETS = {"shapes": {}, "cifar10": dict(channels=(128, 256, 256, 256), batch_size=128, lr=2e-4, iterations=200_000)}
+
+# Iterations, batch size, learning rate; measured here: what reaches the README's figures in less than an hour of two cores.
+PARTS = {
+    "vae": (3000, 32, 2e-3),
+    "taesd": (2000, 32, 2e-3),
+    "clip": (2500, 128, 1e-3),
+    "pickscore": (1500, 128, 3e-4),
+    "unet": (10_000, 64, 1e-3),
+}
+
+
+@dataclass
+class Part:
+    """What common.Run reads of the training of one part."""
+    out: str
+    iterations: int
+    batch_size: int
+    lr: float
+    scale: float
+    seed: int
+    device: str
+    precision: str
+    workers: int
+    resume: str = ""
+    micro_batch: int = 0
+    log_every: int = 50
+    save_every: int = 250
+    sample_every: int = 10**9
+
+
+# Losses
+
+def vae_loss(reconstruction, x0, kl, weight=0.01):
+    """Squared error summed over the picture plus weight x KL to N(0, I); pictures [B, C, H, W], kl [B]. Returns sum and parts."""
+    L_rec, L_kl = (reconstruction - x0).square().sum((1, 2, 3)).mean(), kl.mean()
+    return L_rec + weight * L_kl, dict(L_rec=L_rec, L_kl=L_kl)
+
+
+def contrastive_loss(logits, captions):
+    """CLIP's symmetric cross-entropy over a batch's pictures and captions; logits [B, B].
+
+    A caption that occurs twice in the batch is not its twin's negative: the twin is left out.
+    """
+    twins = torch.tensor([[a == b for b in captions] for a in captions], device=logits.device)
+    logits = logits.masked_fill(twins & ~torch.eye(len(captions), dtype=torch.bool, device=logits.device), -torch.inf)
+    labels = torch.arange(len(captions), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def preference_loss(score_better, score_worse):
+    """Bradley-Terry: -log sigmoid(score_better - score_worse), scores [B] (PickScore, Kirstain et al., 2023, section 3)."""
+    return F.softplus(score_worse - score_better).mean()
+
+
+def distance_from_middle(attributes):
+    """The stated taste: the nearer the shape's centre lies to the middle of the picture, the better; [N], picture units."""
+    return torch.hypot(attributes["x"] - 0.5, attributes["y"] - 0.5)
+
+
+# Training
+
+def train(config, name, build, loss_of, dataset):
+    """AdamW with warm-up and cosine decay on loss_of(module, x0, captions, draw, counters) -> (loss, parts).
+
+    Returns the module, frozen, with its averaged weights. After Ctrl-C it saves and ends the program.
+    """
+    iterations, batch_size, lr = PARTS.get(name, (config.iterations, config.batch_size, config.lr))
+    part = Part(str(Path(config.runs) / name), max(1, round(iterations * config.scale)), batch_size, lr, config.scale, config.seed,
+                config.device, config.precision, config.workers)
+    run = Run(part)
+    module = build().to(run.device).train().requires_grad_(True)
+    optimizer, ema = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True), EMA(module, 0.998)
+    run.begin(dict(module=module, optimizer=optimizer, ema=ema))
+    run.bar.set_description(name)
+    for iteration, (x0, captions) in enumerate(run.batches(dataset), run.start):
+        progress = iteration / part.iterations
+        optimizer.param_groups[0]["lr"] = lr * min(1, 20 * progress + 0.01) * (1 + math.cos(math.pi * progress)) / 2
+        optimizer.zero_grad()
+        with run.autocast():
+            loss, parts = loss_of(module, x0, captions, run.draws(iteration), iteration * batch_size + run.rows.start)
+        loss.backward()
+        run.average_gradients(module)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        ema.update()
+        if run.finish_iteration(iteration, dict(loss=loss, **parts)):
+            break
+    run.end()
+    with torch.no_grad():
+        for name, parameter in ema.parameters.items():
+            parameter.copy_(ema.average[name])
+    return module.eval().requires_grad_(False)
+
+
+def write(path, save):
+    """save(folder) into a new folder that is moved to `path` when complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    print(f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 2**20:.2f} MB")
+
+
+# The mini models
+
+def build_tokenizer():
+    """A CLIPTokenizer with one token for each word of the captions; any other text falls back to its bytes."""
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary, merges = [*letters, *(letter + "</w>" for letter in letters)], []
+    for word in sorted({"a", "on", *COLOURS, *BACKGROUNDS, *SHAPES, *SIZES}):
+        done, *rest = *word[:-1], word[-1] + "</w>"
+        for piece in rest:
+            merges.append((done, piece))
+            done += piece
+            vocabulary.append(done)
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    return CLIPTokenizer(vocab=ids, merges=list(dict.fromkeys(merges)), model_max_length=TOKENS)
+
+
+def tokens_of(tokenizer, captions, device):
+    """Token ids [B, TOKENS] as StableDiffusionPipeline makes them."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+
+def build_clip(tokenizer):
+    """A CLIPModel of 0.6 M parameters for 32 x 32 pictures."""
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    text = dict(hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=TOKENS, vocab_size=len(tokenizer), **ends)
+    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE, patch_size=4)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH))
+
+
+def build_vae():
+    """An AutoencoderKL of 0.6 M parameters: 32 x 32 x 3 -> 8 x 8 x 4."""
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
+                         sample_size=IMAGE)
+
+
+def build_taesd():
+    """An AutoencoderTiny for the same latents."""
+    return AutoencoderTiny(encoder_block_out_channels=(16, 16, 16), decoder_block_out_channels=(16, 16, 16),
+                           num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+
+
+def build_unet():
+    """SD's UNet2DConditionModel in small, 2.4 M parameters: two resolutions, cross-attention at both."""
+    return UNet2DConditionModel(
+        sample_size=LATENT, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=(48, 96),
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16)
+
+
+def better_first(shapes, first, draw, device):
+    """Preference pairs for the prompts of drawings first, first + 1, ...: (better, worse, prompts), pictures [B, 3, H, W].
+
+    One picture of each pair shows the prompt. In three quarters of the pairs so does the other, and the taste decides
+    (distance_from_middle); else it shows another drawing's prompt, and is worse unless the two prompts are equal.
+    """
+    other_prompt = (draw.rand() < 0.25).cpu()
+    counters = range(first, first + len(other_prompt))
+    a = shapes.attributes(counters)
+    like = {k: torch.where(other_prompt, v.roll(1), v) for k, v in a.items()}
+    b = shapes.attributes([c + 10**12 for c in counters], like=like)
+    same = torch.stack([a[k] == b[k] for k in ("colour", "background", "shape", "scale")]).all(0)
+    keep = (~same | (distance_from_middle(a) < distance_from_middle(b)))[:, None, None, None]
+    x_a, x_b = (shapes.draw(v).float() / 127.5 - 1 for v in (a, b))
+    return torch.where(keep, x_a, x_b).to(device), torch.where(keep, x_b, x_a).to(device), shapes.captions(a)
+
+
+def train_mini_models(config):
+    """All four, in the order in which they need each other; then the held-out measures."""
+    shapes, out, tokenizer = Shapes(IMAGE, config.seed), Path(config.out), build_tokenizer()
+
+    def loss_of_vae(vae, x0, captions, draw, first):
+        posterior = vae.encode(x0).latent_dist
+        z = posterior.mean + posterior.std * draw.randn(LATENT_CHANNELS, LATENT, LATENT)
+        return vae_loss(vae.decode(z).sample, x0, posterior.kl())
+
+    vae = train(config, "vae", build_vae, loss_of_vae, shapes)
+    device = next(vae.parameters()).device
+    pictures = shapes.draw(shapes.attributes(range(1000))).to(device).float() / 127.5 - 1
+    vae.register_to_config(scaling_factor=1 / vae.encode(pictures).latent_dist.mean.std().item())
+
+    def loss_of_taesd(taesd, x0, captions, draw, first):
+        with torch.no_grad():
+            latents = vae.encode(x0).latent_dist.mean * vae.config.scaling_factor
+        L_enc = (taesd.encode(x0).latents - latents).square().mean()
+        L_dec = (taesd.decode(latents).sample - x0).square().mean()
+        return L_enc + L_dec, dict(L_enc=L_enc, L_dec=L_dec)
+
+    taesd = train(config, "taesd", build_taesd, loss_of_taesd, shapes)
+
+    def loss_of_clip(clip, x0, captions, draw, first):
+        # A little noise, so that later not only perfect drawings are recognised.
+        x0 = x0 + 0.1 * draw.randn(1)[:, :, None, None].abs() * draw.randn(3, IMAGE, IMAGE)
+        output = clip(input_ids=tokens_of(tokenizer, captions, device), pixel_values=x0)
+        return contrastive_loss(output.logits_per_image, captions), {}
+
+    clip = train(config, "clip", lambda: build_clip(tokenizer), loss_of_clip, shapes)
+
+    def loss_of_pickscore(pickscore, x0, captions, draw, first):
+        better, worse, prompts = better_first(shapes, first, draw, device)
+        output = pickscore(input_ids=tokens_of(tokenizer, prompts, device), pixel_values=torch.cat([better, worse]))
+        scores = output.logits_per_text[:, :len(better)].diag(), output.logits_per_text[:, len(better):].diag()
+        return preference_loss(*scores), dict(agreement=(scores[0] > scores[1]).float().mean())
+
+    pickscore = train(config, "pickscore", lambda: copy.deepcopy(clip), loss_of_pickscore, shapes)
+
+    text_encoder = CLIPTextModel(clip.config.text_config).to(device).eval().requires_grad_(False)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    scheduler = DDIMScheduler(**SD_SCHEDULE)
+    schedule = NoiseSchedule.from_config(scheduler.config).to(device)
+
+    def loss_of_unet(unet, x0, captions, draw, first):
+        drop = (draw.rand() < NULL_SHARE).tolist()
+        captions = ["" if dropped else caption for dropped, caption in zip(drop, captions)]
+        with torch.no_grad():
+            posterior = vae.encode(x0).latent_dist
+            latents = (posterior.mean + posterior.std * draw.randn(LATENT_CHANNELS, LATENT, LATENT)) * vae.config.scaling_factor
+            text = text_encoder(tokens_of(tokenizer, captions, device)).last_hidden_state
+        t, eps = draw.randint(0, len(schedule)), draw.randn(LATENT_CHANNELS, LATENT, LATENT)
+        prediction = unet(schedule.add_noise(latents, eps, t), t, text).sample
+        return (prediction - eps).square().mean(), {}
+
+    unet = train(config, "unet", build_unet, loss_of_unet, shapes)
+
+    measures = dict(seed=HELD_OUT_SEED, **measure_clip(clip, tokenizer), **measure_pickscore(pickscore, tokenizer))
+    print(json.dumps(measures))
+    pictures = CLIPImageProcessor(size=dict(shortest_edge=IMAGE), crop_size=IMAGE, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = CLIPProcessor(pictures, tokenizer)
+    for name, model in (("mini-clip", clip), ("mini-pickscore", pickscore)):
+        write(out / name, lambda path: (model.half().save_pretrained(path), processor.save_pretrained(path)))
+    write(out / "mini-taesd", taesd.half().save_pretrained)
+    # Diffusers loads its own float16 files as float32, transformers does not: the text tower's rounded values stay float32.
+    pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half().float(), tokenizer, unet.half(), scheduler,
+                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    write(out / "mini-sd", pipeline.save_pretrained)
+
+
+# Held-out measures
+
+@torch.no_grad()
+def measure_clip(clip, tokenizer, num=2000):
+    """Zero-shot accuracy of a CLIPModel among all captions, for whole captions and each word, on held-out drawings."""
+    shapes, device = Shapes(IMAGE, HELD_OUT_SEED), clip.device
+    attributes = shapes.attributes(range(num))
+    words = dict(zip(("colour", "background", "shape", "scale"), torch.cartesian_prod(
+        *(torch.arange(len(names)) for names in (COLOURS, BACKGROUNDS, SHAPES, SIZES))).unbind(1)))
+    tokens = tokens_of(tokenizer, shapes.captions(words), device)
+    pictures = (shapes.draw(attributes).float() / 127.5 - 1).to(device)
+    choice = torch.cat([clip(input_ids=tokens, pixel_values=x).logits_per_image.argmax(1) for x in pictures.split(250)]).cpu()
+    right = torch.stack([words[k][choice] == attributes[k] for k in words])
+    return dict(clip_zero_shot=right.all(0).float().mean().item(),
+                **{f"clip_{k}": r.float().mean().item() for k, r in zip(words, right)})
+
+
+@torch.no_grad()
+def measure_pickscore(pickscore, tokenizer, num=2000):
+    """Share of held-out pairs in which a CLIPModel scores the better picture higher."""
+    device = pickscore.device
+    better, worse, prompts = better_first(Shapes(IMAGE, HELD_OUT_SEED), 0, Draws(HELD_OUT_SEED, 0, num, slice(None), "cpu"), device)
+    agreement = []
+    for rows in torch.arange(num).split(250):
+        tokens = tokens_of(tokenizer, [prompts[i] for i in rows], device)
+        high, low = (pickscore(input_ids=tokens, pixel_values=x[rows]).logits_per_text.diag() for x in (better, worse))
+        agreement.append(high > low)
+    return dict(pickscore_agreement=torch.cat(agreement).float().mean().item())
+
+
+# The pixel-space teacher
+
+def train_pixel_teacher(config):
+    """A class-conditional UNet2DModel, epsilon-prediction, DDPM's linear schedule; the class after the last is "no class"."""
+    size, out = config.image_size, Path(config.out)
+    dataset = load_dataset(config.dataset, size, config.seed)
+    classes = dataset.classes
+    if not classes:
+        raise UserError(f"--dataset {config.dataset}: has no classes; give cifar10 or a folder by class")
+    scheduler = DDPMScheduler(clip_sample=False)
+    schedule = NoiseSchedule.from_config(scheduler.config)
+
+    def build():
+        down, up = ["DownBlock2D"] * len(config.channels), ["UpBlock2D"] * len(config.channels)
+        if config.attention:
+            down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
+        return UNet2DModel(sample_size=size, block_out_channels=config.channels, down_block_types=down, up_block_types=up,
+                           layers_per_block=2, norm_num_groups=16, num_class_embeds=len(classes) + 1)
+
+    def loss_of(unet, x0, captions, draw, first):
+        schedule.to(x0.device)
+        labels = class_labels(captions, classes).to(x0.device)
+        labels = torch.where(draw.rand() < NULL_SHARE, len(classes), labels)
+        t, eps = draw.randint(0, len(schedule)), draw.randn(3, size, size)
+        return (unet(schedule.add_noise(x0, eps, t), t, labels).sample - eps).square().mean(), {}
+
+    unet = train(config, "teacher", build, loss_of, dataset)
+
+    def save(path):
+        DDPMPipeline(unet, scheduler).save_pretrained(path)
+        (path / "classes.json").write_text(json.dumps(classes))
+
+    write(out, save)
+
+
+def main(argv):
+    """The mini models, or a teacher for pictures."""
+    config = parse_config(Config, PRESETS, argv, __doc__.splitlines()[0])
+    if config.dataset == "shapes":
+        train_mini_models(config)
+    else:
+        train_pixel_teacher(config)
+
+
+if __name__ == "__main__":
+    run_command(main)
