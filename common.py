@@ -49,7 +49,7 @@ def parse_config(config_class, presets, argv, description):
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
-        kind = {tuple: dict(type=int, nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}
+        kind = {tuple: dict(type=type(field.default[0]) if field.type is tuple else None, nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}
         kind = kind.get(field.type, dict(type=field.type))
         # SUPPRESS keeps absent flags out of the namespace, so that they can fall back to the preset.
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -545,15 +545,12 @@ def _transformers_scorer(model_id, processor_id, device):
                   model.config.vision_config.image_size, processor.image_mean, processor.image_std, device)
 
 
-def _open_clip_scorer(device):
-    try:
-        import open_clip
-    except ImportError:
-        raise UserError("hps: needs one more package: pip install open_clip_torch")
+def _open_clip_scorer(device, architecture="ViT-H-14"):
+    import open_clip
     from huggingface_hub import hf_hub_download
-    model = open_clip.create_model("ViT-H-14", hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt"), device=device)
+    model = open_clip.create_model(architecture, hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt"), device=device)
     model.eval().requires_grad_(False)
-    tokenizer = open_clip.get_tokenizer("ViT-H-14")
+    tokenizer = open_clip.get_tokenizer(architecture)
     return Scorer(model.encode_image, lambda prompts: model.encode_text(tokenizer(list(prompts)).to(device)),
                   model.visual.image_size[0], open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device)
 
@@ -561,11 +558,10 @@ def _open_clip_scorer(device):
 # EMA
 
 class EMA:
-    """Exponential moving average of a module's trainable parameters: a named float32 copy."""
+    """Exponential moving average of the trainable ones of the parameters (name, parameter): a named float32 copy."""
 
-    def __init__(self, module, decay):
-        self.decay = decay
-        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, parameters, decay):
+        self.decay, self.parameters = decay, {name: p for name, p in parameters if p.requires_grad}
         self.average = {n: p.detach().float().clone() for n, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -576,7 +572,7 @@ class EMA:
 
     @contextmanager
     def applied(self):
-        """Inside the with block the module holds the averaged weights."""
+        """Inside the with block the parameters hold the averages."""
         with torch.no_grad():
             kept = {n: p.clone() for n, p in self.parameters.items()}
             for name, p in self.parameters.items():
@@ -985,11 +981,11 @@ class Run:
         """bf16 for the networks under --precision bf16; weights and losses stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def average_gradients(self, module):
-        """Mean of the gradients over the ranks, in one exchange."""
+    def average_gradients(self, parameters):
+        """Mean of the parameters' gradients over the ranks, in one exchange."""
         if self.world == 1:
             return
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         means = flat.div_(self.world).split([g.numel() for g in gradients])

@@ -307,7 +307,7 @@ def update_discriminator(iteration, parts, run, config, schedule, discriminator,
         penalty = config.r1 / 2 * config.r1_every * r1_penalty(real_logits, real) if with_r1 else 0.0
         ((L_D + penalty) / len(parts)).backward()
         scalars.append(dict(L_D=L_D, D_real=real_logits.mean(), D_fake=fake_logits.mean()))
-    run.average_gradients(discriminator)
+    run.average_gradients(discriminator.parameters())
     optimizer.step()
     return mean_of(scalars)
 
@@ -329,7 +329,7 @@ def update_generator(parts, keep_graph, run, config, schedule, distance, generat
         (L_G / len(parts)).backward()
         scalars.append(losses)
     discriminator.requires_grad_(True)
-    run.average_gradients(generator)
+    run.average_gradients(generator.parameters())
     optimizer.step()
     return mean_of(scalars)
 
@@ -439,7 +439,7 @@ def train(config):
     distance = load_distance(config.distance, run.device)
     schedule = NoiseSchedule.from_config(scheduler_config(config)).to(run.device)
     generator, discriminator = build_networks(config, run.device)
-    ema = EMA(generator, config.ema)
+    ema = EMA(generator.named_parameters(), config.ema)
     optimizer_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.9, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), config.lr_d, betas=(0.0, 0.999), fused=True)
     run.begin(dict(generator=generator, discriminator=discriminator, ema=ema, optimizer_g=optimizer_g, optimizer_d=optimizer_d))

@@ -9,9 +9,11 @@ from diffusers import (AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMSched
                        UNet2DConditionModel)
 from peft import get_peft_model_state_dict
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
+import common
 import tiny
-from common import (Codec, Denoiser, HalfUNet, UserError, add_lora, ddim_sample, enable_checkpointing, load, load_prompts, load_scorer,
+from common import (Codec, Denoiser, HalfUNet, NoiseSchedule, UserError, add_lora, ddim_sample, enable_checkpointing, load, load_prompts, load_scorer,
                     map_cond, use_lora)
 
 PROMPTS = ["a large red circle on white", "a small blue square on black"]
@@ -242,7 +244,6 @@ def inputs():
 
 def test_two_adapters_share_one_frozen_network():
     """Off is the network itself, bit for bit; a fresh adapter changes nothing; each acts alone; gradients reach its own only."""
-    from common import NoiseSchedule
     net = tiny.unet().eval().requires_grad_(False)
     x, t, cond = inputs()
     base = net(x, t, **cond).sample
@@ -323,7 +324,6 @@ def test_scorer_equals_transformers(tmp_path):
     with torch.no_grad():
         batch = processor(text=PROMPTS, images=images, return_tensors="pt", padding="max_length")
         expected = model(**batch).logits_per_image.diag() / model.logit_scale.exp()
-    import torchvision.transforms.v2.functional as TF
     pictures = torch.stack([TF.pil_to_tensor(i) for i in images]).float() / 127.5 - 1
     pictures.requires_grad_()
     scores = scorer(pictures, scorer.texts(PROMPTS))
@@ -336,3 +336,23 @@ def test_scorers_that_cannot_be_had(tmp_path):
     for name in ("clip", "pickscore", str(tmp_path)):
         with pytest.raises(UserError, match="local directory works"):
             load_scorer(name)
+
+
+def test_hps_scorer_equals_open_clip(tmp_path, monkeypatch):
+    """HPS v2.1 is an open_clip checkpoint; here a tiny network of that kind, read from a file as the real one is."""
+    import huggingface_hub
+    import open_clip
+    config = dict(embed_dim=16, vision_cfg=dict(image_size=28, layers=1, width=32, head_width=16, patch_size=14),
+                  text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
+    (tmp_path / "tiny-hps.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    model = open_clip.create_model("tiny-hps").eval()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / "hps.pt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / "hps.pt"))
+    scorer = common._open_clip_scorer("cpu", "tiny-hps")
+    pictures = torch.rand(2, 3, 28, 28) * 2 - 1
+    with torch.no_grad():
+        normalised = TF.normalize(pictures / 2 + 0.5, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        texts = model.encode_text(open_clip.get_tokenizer("tiny-hps")(PROMPTS), normalize=True)
+        expected = (model.encode_image(normalised, normalize=True) * texts).sum(-1)
+    torch.testing.assert_close(scorer(pictures, scorer.texts(PROMPTS)), expected, atol=1e-5, rtol=1e-5)

@@ -112,7 +112,7 @@ def test_ema_is_the_geometric_average():
     module.bias = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     values = [1.0, 2.0, -3.0]
     module.weight.data.fill_(values[0])
-    ema = EMA(module, 0.9)
+    ema = EMA(module.named_parameters(), 0.9)
     for value in values[1:]:
         module.weight.data.fill_(value)
         ema.update()

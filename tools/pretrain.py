@@ -129,7 +129,7 @@ def train(config, name, build, loss_of, dataset):
                 config.device, config.precision, config.workers)
     run = Run(part)
     module = build().to(run.device).train().requires_grad_(True)
-    optimizer, ema = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True), EMA(module, 0.998)
+    optimizer, ema = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True), EMA(module.named_parameters(), 0.998)
     run.begin(dict(module=module, optimizer=optimizer, ema=ema))
     run.bar.set_description(name)
     for iteration, (x0, captions) in enumerate(run.batches(dataset), run.start):
@@ -139,7 +139,7 @@ def train(config, name, build, loss_of, dataset):
         with run.autocast():
             loss, parts = loss_of(module, x0, captions, run.draws(iteration), iteration * batch_size + run.rows.start)
         loss.backward()
-        run.average_gradients(module)
+        run.average_gradients(module.parameters())
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         ema.update()
