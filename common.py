@@ -3,7 +3,7 @@
 One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2).
 x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients come as [B, 1, 1, 1].
 
-Sections: command line, noise schedule, denoiser, pretrained models, LoRA, scorers, EMA, data, run.
+Sections: command line, noise schedule, denoiser, pretrained models, LoRA, scorers, EMA, data, distances, run.
 """
 
 import argparse
@@ -71,6 +71,9 @@ def run_command(main):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # Noise schedule
@@ -178,10 +181,11 @@ class Denoiser:
     def predict(self, x_t, t, target="sample", cond=None, null=None, guidance_scale=1.0):
         """The prediction as `target` ("sample", "epsilon", "v_prediction" or "score"), [B, C, H, W].
 
-        Classifier-free guidance: null + guidance_scale (cond - null); guidance_scale 1 calls the network once, without null.
+        Classifier-free guidance: null + guidance_scale (cond - null); the number 1 calls the network once, without null.
+        guidance_scale: a number, or [B, 1, 1, 1].
         """
         output = self._forward(x_t, t, cond)
-        if guidance_scale != 1.0:
+        if torch.is_tensor(guidance_scale) or guidance_scale != 1.0:
             unconditional = self._forward(x_t, t, null)
             output = unconditional + guidance_scale * (output - unconditional)
         return self.schedule.convert(output, x_t, t, self.prediction_type, target)
@@ -360,6 +364,53 @@ class Codec:
                   file=sys.stderr)
 
 
+def load_decoder(path_or_id, codec):
+    """x0 -> pictures by an AutoencoderTiny of the same latents, frozen and with the gradient; empty: the codec's own decoder."""
+    if not path_or_id or codec.vae is None:
+        return codec.decode
+    from diffusers import AutoencoderTiny
+    try:
+        tiny = AutoencoderTiny.from_pretrained(path_or_id).to(codec.device).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--decoder {path_or_id}: cannot be loaded ({' '.join(str(error).split())[:300]}); "
+                        "give a local directory of an AutoencoderTiny, or an empty one for the model's own decoder")
+    return lambda x0: tiny.decode(x0).sample
+
+
+def write_folder(path, save):
+    """save(folder) into a new folder that is moved to `path` when complete."""
+    import shutil
+    path, temporary = Path(path), Path(path).with_name(Path(path).name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def export_one_step(codec, net, prediction_type, path):
+    """The pipeline with `net` as its network, for num_inference_steps=1 (2, 4) and guidance_scale=1 in diffusers alone.
+
+    Its LCMScheduler predicts x0, then adds fresh noise at the next lower level: the spacing of 4 steps is 999 749 499 249.
+    """
+    from diffusers import DDPMPipeline, LCMScheduler
+    betas = {k: v for k, v in codec.pipe.scheduler.config.items() if k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
+                                                                         "trained_betas", "rescale_betas_zero_snr")}
+    scheduler = LCMScheduler(**betas, prediction_type=prediction_type, original_inference_steps=4, clip_sample=False, steps_offset=1)
+    if codec.vae is None:
+        pipe = DDPMPipeline(net, scheduler)
+    else:
+        name = "transformer" if "transformer" in codec.pipe.components else "unet"
+        extra = dict(requires_safety_checker=False) if codec.name == "StableDiffusionPipeline" else {}
+        pipe = type(codec.pipe)(**{**codec.pipe.components, name: net, "scheduler": scheduler}, **extra)
+
+    def save(folder):
+        pipe.save_pretrained(folder)
+        if codec.vae is None and codec.classes:
+            (folder / "classes.json").write_text(json.dumps(codec.classes))
+
+    write_folder(path, save)
+
+
 def map_cond(function, *conds):
     """Conditions -> a condition: function over the tensors of equal place; None stays None."""
     first = conds[0]
@@ -434,7 +485,45 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     # peft's own switches also switch requires_grad, and a gradient is then lost without a word: set it once, for all adapters.
     for key, parameter in net.named_parameters():
         parameter.requires_grad_("lora_" in key)
-    return {key: p for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key}
+    return Weights((key, p) for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key)
+
+
+class Weights(dict):
+    """Parameters by name, as a part of a checkpoint."""
+
+    def state_dict(self):
+        """Itself, without the graph."""
+        return {name: p.detach() for name, p in self.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Takes what state_dict() gave; raises KeyError if a name is missing."""
+        for name, p in self.items():
+            p.copy_(state[name])
+
+
+def fold_lora(net, name):
+    """The dense weights of a network with the LoRA `name` folded in (None: without any), under the bare network's keys."""
+    state = {key.replace(".base_layer.", "."): value for key, value in net.state_dict().items() if "lora_" not in key}
+    layers = {id(layer) for layer in getattr(net, "lora_layers", ())} if name else ()
+    for path, module in net.named_modules():
+        if id(module) in layers and name in module.lora_A:
+            state[f"{path}.weight"] = state[f"{path}.weight"] + module.get_delta_weight(name)
+    return state
+
+
+def save_lora(codec, net, name, path):
+    """The LoRA `name` in the file that `load_lora_weights` of a diffusers pipeline reads; PixArt: an adapter folder of peft."""
+    from peft import get_peft_model_state_dict
+    state = get_peft_model_state_dict(net, adapter_name=name)
+    if hasattr(codec.pipe, "save_lora_weights"):
+        # Without the metadata an alpha other than the rank would be read with the wrong scale.
+        codec.pipe.save_lora_weights(path, state, unet_lora_adapter_metadata=net.peft_config[name].to_dict())
+    else:
+        from safetensors.torch import save_file
+        Path(path).mkdir(parents=True, exist_ok=True)
+        net.peft_config[name].save_pretrained(path)
+        save_file({f"base_model.model.{key}": value.contiguous() for key, value in state.items()}, Path(path) / "adapter_model.safetensors")
 
 
 @contextmanager
@@ -647,6 +736,12 @@ class Shapes(Dataset):
         x, y = half + u[:, 4] * (1 - 2 * half), half + u[:, 5] * (1 - 2 * half)
         return dict(**words, radius=radius, x=x, y=y)
 
+    @staticmethod
+    def all_captions():
+        """Every caption once, 72 of them."""
+        return [f"a {scale} {colour} {shape} on {background}" for scale in SIZES for colour in COLOURS for shape in SHAPES
+                for background in BACKGROUNDS]
+
     def captions(self, attributes):
         """One caption a picture, "a large red circle on white"."""
         names = [list(n) for n in (SIZES, COLOURS, SHAPES, BACKGROUNDS)]
@@ -805,6 +900,30 @@ def save_grid(images, path, columns=8):
     save_image(images / 2 + 0.5, path, nrow=columns, padding=2, pad_value=1.0)
 
 
+# Distances
+
+def squared_distance(a, b):
+    """d = mean squared difference of each pair: [B, C, H, W] twice -> [B]."""
+    return (a - b).square().mean((1, 2, 3))
+
+
+def load_distance(name, device):
+    """"l2" -> squared_distance; "lpips" -> LPIPS with VGG features on pictures enlarged to 224 pixels, [B].
+
+    Raises UserError if the VGG weights cannot be fetched.
+    """
+    if name == "l2":
+        return squared_distance
+    import lpips
+    try:
+        network = lpips.LPIPS(net="vgg", verbose=False).to(device)
+    except OSError as error:
+        raise UserError(f"--distance lpips: its VGG weights cannot be fetched ({error}); use --distance l2")
+    network.requires_grad_(False)
+    enlarge = lambda x: F.interpolate(x, size=224, mode="bilinear") if x.shape[-1] < 256 else x
+    return lambda a, b: network(enlarge(a), enlarge(b)).flatten()
+
+
 # Run
 
 # What may change between a run and its continuation: it alters neither the mathematics nor the networks
@@ -838,6 +957,11 @@ class Draws:
         return torch.randint(low, high, (self.batch_size,), generator=self.generator, device=self.device)[self.rows]
 
 
+def mean_of(scalars):
+    """The mean of each entry over a list of dicts."""
+    return {k: torch.stack([s[k].detach() for s in scalars]).mean() for k in scalars[0]}
+
+
 def choose_device(name):
     """"auto" (the accelerator if there is one), or a torch device name; under torchrun, this process's own GPU.
 
@@ -867,10 +991,11 @@ class Run:
 
     Reads from the config: out, resume, seed, iterations, batch_size (global), micro_batch (in a process; 0: all at once),
     device, precision, workers, log_every, save_every, sample_every. Raises UserError, with nothing written, if one of them cannot work.
-    micro_multiple: what a micro-batch must be a multiple of.
+    micro_multiple: what a micro-batch must be a multiple of; free: the flags in which a continuation may differ.
     """
 
-    def __init__(self, config, micro_multiple=1):
+    def __init__(self, config, micro_multiple=1, free=FREE_FLAGS):
+        self.free = free
         self.config, self.out = config, Path(config.out)
         self.checkpoint = self.out / "checkpoint" / "state.pt"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -897,8 +1022,9 @@ class Run:
         self.saved = self._read_checkpoint()
         self.start = self.saved["iteration"] if self.saved else 0
         self.signal = 0
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        if self.world > 1:
             starts = [None] * self.world
             dist.all_gather_object(starts, self.start)
             if len(set(starts)) > 1:
@@ -915,10 +1041,9 @@ class Run:
         if not source.exists():
             return None
         saved = read_checkpoint(source)
-        free = FREE_FLAGS - ({"iterations"} if getattr(self.config, "lr_decay", 0) else set())
         differing = [f"--{name.replace('_', '-')} was {saved['config'].get(name)}, is {value}"
                      for name, value in dataclasses.asdict(self.config).items()
-                     if name not in free and saved["config"].get(name) != value]
+                     if name not in self.free and saved["config"].get(name) != value]
         if differing:
             raise UserError(f"{source}: belongs to another configuration ({'; '.join(differing)}); "
                             "repeat that run's flags, or choose another --out")
@@ -976,6 +1101,13 @@ class Run:
                 tqdm.write(f"skipped, cannot be read as a picture: {path} ({len(self.skipped)} so far)", file=sys.stderr)
             x0 = torch.stack([s["image"] for s in samples]).to(self.device)
             yield x0.float() / 127.5 - 1, [s["caption"] for s in samples]
+
+    def prompts(self, prompts):
+        """This rank's prompts, a list, of every iteration still to come, in the order of an endless shuffled pass."""
+        size, rows, n = self.config.batch_size, self.rows, len(prompts)
+        for i in range(self.start, self.config.iterations):
+            counters = range(i * size + rows.start, i * size + rows.stop)
+            yield [prompts[permutation(self.config.seed, c // n, n)[c % n]] for c in counters]
 
     def autocast(self):
         """bf16 for the networks under --precision bf16; weights and losses stay float32."""
@@ -1066,8 +1198,6 @@ class Run:
         self.bar.close()
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
-        if self.world > 1:
-            dist.destroy_process_group()
         if self.signal:
             if self.rank == 0:
                 print(f"stopped, saved to {self.checkpoint}; the same command continues", file=sys.stderr)

@@ -14,7 +14,6 @@ Every part's training is kept in --runs: Ctrl-C saves, the same command continue
 import copy
 import json
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import (BACKGROUNDS, COLOURS, EMA, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError, class_labels, flag,
-                    load_dataset, parse_config, run_command)
+from common import (BACKGROUNDS, COLOURS, EMA, FREE_FLAGS, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError, class_labels, flag,
+                    load_dataset, parse_config, run_command, write_folder)
 
 IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
 SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
@@ -127,7 +126,7 @@ def train(config, name, build, loss_of, dataset):
     iterations, batch_size, lr = PARTS.get(name, (config.iterations, config.batch_size, config.lr))
     part = Part(str(Path(config.runs) / name), max(1, round(iterations * config.scale)), batch_size, lr, config.scale, config.seed,
                 config.device, config.precision, config.workers)
-    run = Run(part)
+    run = Run(part, free=FREE_FLAGS - {"iterations"})
     module = build().to(run.device).train().requires_grad_(True)
     optimizer, ema = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True), EMA(module.named_parameters(), 0.998)
     run.begin(dict(module=module, optimizer=optimizer, ema=ema))
@@ -153,12 +152,8 @@ def train(config, name, build, loss_of, dataset):
 
 
 def write(path, save):
-    """save(folder) into a new folder that is moved to `path` when complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    """save(folder), complete or not at all; says how large it is."""
+    write_folder(path, save)
     print(f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 2**20:.2f} MB")
 
 
