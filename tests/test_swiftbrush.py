@@ -249,12 +249,13 @@ def test_who_moves_whom(models):
     theta = common.Weights(net.named_parameters())
     none = torch.optim.SGD([torch.zeros(1)], 1.0)
     y = ["a red circle"] * 4
-    x0, _ = sb.student_step(0, y, step, config, codec, student, teacher, lora_teacher, lambda f, y, i: {}, None, theta, none)
+    cond, null = codec.cond(y), codec.null(4)
+    x0, _ = sb.student_step(0, y, cond, null, step, config, codec.shape, student, teacher, lora_teacher, lambda f, y, i: {}, None, theta, none)
     assert not x0.requires_grad and all(p.grad is not None for p in theta.values())
     assert all(p.grad is None for p in teacher.net.parameters())
     for p in theta.values():
         p.grad = None
-    sb.lora_teacher_step(0, x0, y, step, config, codec, lora_teacher, psi, none)
+    sb.lora_teacher_step(0, x0, cond, null, step, config, lora_teacher, psi, none)
     assert all(p.grad is not None for p in psi.values()) and all(p.grad is None for p in theta.values())
     assert all(p.grad is None for name, p in teacher.net.named_parameters() if name not in psi)
 
@@ -277,8 +278,9 @@ def step_gradients(models, *more):
     step, y = common.Run(config), ["a red circle", "a blue square", "a", "on white"]
     none = torch.optim.SGD([torch.zeros(1)], 1.0)
     image_losses = sb.make_image_losses(config, codec, codec.decode)
-    x0, _ = sb.student_step(0, y, step, config, codec, student, teacher, lora_teacher, image_losses, None, theta, none)
-    sb.lora_teacher_step(0, x0, y, step, config, codec, lora_teacher, psi, none)
+    cond, null = codec.cond(y), codec.null(4)
+    x0, _ = sb.student_step(0, y, cond, null, step, config, codec.shape, student, teacher, lora_teacher, image_losses, None, theta, none)
+    sb.lora_teacher_step(0, x0, cond, null, step, config, lora_teacher, psi, none)
     return [p.grad for p in (*theta.values(), *psi.values())]
 
 
@@ -380,6 +382,15 @@ def test_ddim_inversion_leads_back():
     errors = [(common.ddim_sample(teacher, z, steps, {}) - data).abs().mean() for z, steps in zip(noise, (25, 100))]
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.02
     assert noise[1].std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_every_logged_key_is_explained_in_the_readme(models, finished, tmp_path):
+    run(flags(models, tmp_path, "--reward", models / "clip", "--regularise", "pairs", "--regularise-num", 2, "--regularise-steps", 1,
+              "--distance", "l2", "--stage", "b"))
+    keys = {key for out in (finished, tmp_path) for log in out.rglob("metrics.jsonl") for key in json.loads(log.read_text().splitlines()[0])}
+    assert {"L_vsd", "L_clip", "L_reward", "L_pairs", "L_lora_teacher", "L_convert"} <= keys
+    readme = (ROOT / "README.md").read_text()
+    assert [key for key in keys if f"| `{key}` |" not in readme] == []
 
 
 def test_sample_command(models, finished, tmp_path, capsys):

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
-from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, Shapes, UserError, choose_device, coverage, ddim_sample,
-                    load, load_dataset, load_prompts, load_scorer, run_command, sample_order)
+from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, Shapes, UserError, choose_device, coverage,
+                    ddim_sample, load, load_dataset, load_prompts, load_scorer, run_command, sample_order)
 
 # The largest share of a shape's contrast that the best drawing may leave unexplained. Measured on real drawings of 16 x 16:
 # the best triangle for a disc or square leaves 0.21 or more, the best square for a disc 0.06 to 0.08. So CLEAN (one shape of
@@ -202,10 +202,14 @@ def to_uint8(pictures):
 
 
 def distances(generated, reference):
-    """Frechet distance, KID (mean of 100 subsets), precision and recall (3 neighbours) of features [N, D] and [M, D]."""
+    """Frechet distance, KID (mean of 100 subsets of 1,000, or one of all), precision and recall (3 neighbours).
+
+    Features [N, D] of the generated and [M, D] of the reference pictures.
+    """
     statistics = [fid_features_to_statistics(f.double()) for f in (generated, reference)]
     subset = min(1000, len(generated), len(reference))
-    kid = kid_features_to_metric(generated, reference, kid_subsets=100 if subset == 1000 else 1, kid_subset_size=subset, verbose=False)
+    kid = kid_features_to_metric(generated, reference, kid_subsets=100 if subset == 1000 else 1, kid_subset_size=subset,
+                                 verbose=False)
     prc = prc_features_to_metric(generated, reference, save_cpu_ram=True, verbose=False)
     return dict(frechet=fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"],
                 kid=kid["kernel_inception_distance_mean"], precision=prc["precision"], recall=prc["recall"])
@@ -261,8 +265,8 @@ def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
     return torch.cat(features), scores, {k: torch.cat([r[k] for r in read]) for k in read[0]} if read else None
 
 
-def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=1, steps=25, guidance=1.0, seed=0, size=32,
-             features="random-conv", clip=None, reward=None, save=None, device="auto"):
+def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=1, steps=25, guidance=1.0,
+             seed=0, size=32, features="random-conv", clip=None, reward=None, save=None, device="auto"):
     """The report, as a dict; the arguments are the command's flags."""
     if num < 5:
         raise UserError(f"--num {num}: a distance needs at least 5 pictures")
@@ -305,8 +309,8 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
         save.mkdir(parents=True)
     generated, scores, read = measure(chunks, num, embed, scorers, dataset == "shapes", save, "generated")
     real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None, "reference")
-    report = dict(**source, dataset=str(dataset), num=num, reference_num=reference_num,
-                  reference=f"shapes, seed {REFERENCE_SEED}" if dataset == "shapes" else "the dataset's first pictures in the order of seed 0",
+    protocol = f"shapes, seed {REFERENCE_SEED}" if dataset == "shapes" else "first pictures in the order of seed 0"
+    report = dict(**source, dataset=str(dataset), num=num, reference_num=reference_num, reference=protocol,
                   features=str(features), torch_fidelity=torch_fidelity.__version__, **distances(generated, real))
     report |= {f"{name}_score": score for name, score in scores.items()}
     return report | (report_of(read, wanted) if read else {})
@@ -328,8 +332,8 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     parser.add_argument("--size", type=int, default=32, help="with --images: pixels to which both sides are brought")
     parser.add_argument("--features", default="random-conv", help="random-conv, inception, or a CLIPModel's directory or hub id")
-    parser.add_argument("--clip", help="also the mean CLIP score (cosine) of this model: clip, or a CLIPModel's directory or hub id")
-    parser.add_argument("--reward", help="also the mean score of this reward: pickscore, hps, or a CLIPModel's directory or hub id")
+    parser.add_argument("--clip", help="also the mean CLIP score (cosine) of this CLIPModel: clip, directory or hub id")
+    parser.add_argument("--reward", help="also the mean score of this reward: pickscore, hps, directory or hub id")
     parser.add_argument("--save", help="a new folder to which the pictures and their captions are written")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", help="write the report to this file too")

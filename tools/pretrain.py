@@ -26,8 +26,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import (BACKGROUNDS, COLOURS, EMA, FREE_FLAGS, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError, class_labels, flag,
-                    load_dataset, parse_config, run_command, write_folder)
+from common import (BACKGROUNDS, COLOURS, EMA, FREE_FLAGS, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError,
+                    class_labels, flag, load_dataset, parse_config, run_command, write_folder)
 
 IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
 SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
@@ -124,11 +124,13 @@ def train(config, name, build, loss_of, dataset):
     Returns the module, frozen, with its averaged weights. After Ctrl-C it saves and ends the program.
     """
     iterations, batch_size, lr = PARTS.get(name, (config.iterations, config.batch_size, config.lr))
-    part = Part(str(Path(config.runs) / name), max(1, round(iterations * config.scale)), batch_size, lr, config.scale, config.seed,
-                config.device, config.precision, config.workers)
+    iterations = max(1, round(iterations * config.scale))
+    part = Part(str(Path(config.runs) / name), iterations, batch_size, lr, config.scale, config.seed, config.device,
+                config.precision, config.workers)
     run = Run(part, free=FREE_FLAGS - {"iterations"})
     module = build().to(run.device).train().requires_grad_(True)
-    optimizer, ema = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True), EMA(module.named_parameters(), 0.998)
+    optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
+    ema = EMA(module.named_parameters(), 0.998)
     run.begin(dict(module=module, optimizer=optimizer, ema=ema))
     run.bar.set_description(name)
     for iteration, (x0, captions) in enumerate(run.batches(dataset), run.start):
@@ -184,7 +186,8 @@ def build_clip(tokenizer):
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     text = dict(hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4,
                 max_position_embeddings=TOKENS, vocab_size=len(tokenizer), **ends)
-    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE, patch_size=4)
+    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE,
+                  patch_size=4)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH))
 
 
@@ -209,13 +212,13 @@ def build_unet():
         cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16)
 
 
-def better_first(shapes, first, draw, device):
+def better_first(shapes, first, draw, device, other_share=0.25):
     """Preference pairs for the prompts of drawings first, first + 1, ...: (better, worse, prompts), pictures [B, 3, H, W].
 
-    One picture of each pair shows the prompt. In three quarters of the pairs so does the other, and the taste decides
-    (distance_from_middle); else it shows another drawing's prompt, and is worse unless the two prompts are equal.
+    One picture of each pair shows the prompt. Mostly so does the other, and the taste decides (distance_from_middle); in
+    other_share of the pairs it shows another drawing's prompt, and is worse unless the two prompts are equal.
     """
-    other_prompt = (draw.rand() < 0.25).cpu()
+    other_prompt = (draw.rand() < other_share).cpu()
     counters = range(first, first + len(other_prompt))
     a = shapes.attributes(counters)
     like = {k: torch.where(other_prompt, v.roll(1), v) for k, v in a.items()}
@@ -315,15 +318,18 @@ def measure_clip(clip, tokenizer, num=2000):
 
 @torch.no_grad()
 def measure_pickscore(pickscore, tokenizer, num=2000):
-    """Share of held-out pairs in which a CLIPModel scores the better picture higher."""
-    device = pickscore.device
-    better, worse, prompts = better_first(Shapes(IMAGE, HELD_OUT_SEED), 0, Draws(HELD_OUT_SEED, 0, num, slice(None), "cpu"), device)
-    agreement = []
-    for rows in torch.arange(num).split(250):
-        tokens = tokens_of(tokenizer, [prompts[i] for i in rows], device)
-        high, low = (pickscore(input_ids=tokens, pixel_values=x[rows]).logits_per_text.diag() for x in (better, worse))
-        agreement.append(high > low)
-    return dict(pickscore_agreement=torch.cat(agreement).float().mean().item())
+    """Share of held-out pairs in which a CLIPModel scores the better picture higher: both of the prompt, or one of another."""
+    device, report = pickscore.device, {}
+    for name, other_share in (("taste", 0.0), ("other_prompt", 1.0)):
+        draw = Draws(HELD_OUT_SEED, 0, num, slice(None), "cpu")
+        better, worse, prompts = better_first(Shapes(IMAGE, HELD_OUT_SEED), 0, draw, device, other_share)
+        agreement = []
+        for rows in torch.arange(num).split(250):
+            tokens = tokens_of(tokenizer, [prompts[i] for i in rows], device)
+            high, low = (pickscore(input_ids=tokens, pixel_values=x[rows]).logits_per_text.diag() for x in (better, worse))
+            agreement.append(high > low)
+        report[f"pickscore_{name}"] = torch.cat(agreement).float().mean().item()
+    return report
 
 
 # The pixel-space teacher
