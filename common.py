@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -41,10 +42,10 @@ def flag(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def parse_config(config_class, presets, argv, description):
+def parse_config(config_class, presets, argv, description, preset_of=None):
     """argv -> config_class: every field is a flag (image_size -> --image-size), presets[--preset] gives the defaults.
 
-    --preset defaults to the value of --dataset where a preset has that name, else to the first preset.
+    --preset defaults to preset_of(the flags given), else to the value of --dataset where a preset has that name, else to its own.
     Raises UserError on an unknown preset; argparse itself ends with exit code 2 on an unknown flag.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -60,7 +61,8 @@ def parse_config(config_class, presets, argv, description):
     given = vars(parser.parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     dataset = given.get("dataset", config_class.dataset)
-    preset = given.get("preset", dataset if dataset in presets else config_class.preset)
+    usual = preset_of(given) if preset_of else dataset if dataset in presets else config_class.preset
+    preset = given.get("preset", usual)
     if preset not in presets:
         raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
     return config_class(**{**presets[preset], **given, "preset": preset})
@@ -262,13 +264,18 @@ def load(path_or_id, device="cpu", lora=""):
     if local and not (Path(path_or_id) / "model_index.json").is_file():
         raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; give the directory that holds one")
     try:
-        name = diffusers.DiffusionPipeline.load_config(path_or_id)["_class_name"]
+        index = diffusers.DiffusionPipeline.load_config(path_or_id)
+        name = index["_class_name"]
         if name not in PIPELINES:
             raise UserError(f"{path_or_id}: a {name}, which is not supported; give one of {', '.join(PIPELINES)}")
+        parts = [part for part, source in index.items() if isinstance(source, list) and source[0] and part != "safety_checker"]
+        missing = [part for part in parts if not (Path(path_or_id) / part).is_dir()]
+        if local and missing and name not in ("DDPMPipeline", "DDIMPipeline"):  # google/ddpm-cifar10-32 has no folders
+            raise UserError(f"{path_or_id}: a part is missing, the folder {missing[0]}/")
         # The safety checker is a network of its own that training has no use for.
         extra = dict(safety_checker=None, requires_safety_checker=False) if name == "StableDiffusionPipeline" else {}
         pipe = getattr(diffusers, name).from_pretrained(path_or_id, dtype=torch.float32, **extra)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if local:
             raise UserError(f"{path_or_id}: cannot be loaded, a part is missing or damaged ({reason})")
@@ -276,6 +283,8 @@ def load(path_or_id, device="cpu", lora=""):
                         "a local directory works without a network")
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()  # from here on; the Codec warns of long prompts itself, once
+    if hasattr(pipe, "text_encoder") and len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size // 2:
+        raise UserError(f"{path_or_id}: a part is missing or damaged, its tokenizer knows only {len(pipe.tokenizer)} tokens")
     if lora:
         merge_lora_file(pipe, lora)
     for part in pipe.components.values():
@@ -367,7 +376,7 @@ class Codec:
             return
         limit = self._max_tokens()
         long = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
-        if long:
+        if long and int(os.environ.get("RANK", 0)) == 0:
             print(f"{long} of {len(prompts)} prompts are longer than the text encoder's {limit} tokens; their ends are not read",
                   file=sys.stderr)
 
@@ -383,6 +392,11 @@ def load_decoder(path_or_id, codec):
         raise UserError(f"--decoder {path_or_id}: cannot be loaded ({' '.join(str(error).split())[:300]}); "
                         "give a local directory of an AutoencoderTiny, or an empty one for the model's own decoder")
     return lambda x0: tiny.decode(x0).sample
+
+
+def chunk_for(codec):
+    """How many pictures to make at once outside of training: 64 of 64 x 64 pixels, fewer of larger ones."""
+    return max(1, min(256, 64 * 64**2 // codec.picture_size**2))
 
 
 def write_folder(path, save):
@@ -437,12 +451,12 @@ def load_prompts(path):
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in lines]
-            lines = [next(row[k] for k in ("prompt", "caption", "text") if k in row) for row in rows]
+            lines = [next(row[k] for k in ("prompt", "caption", "text") if isinstance(row.get(k), str)) for row in rows]
     except OSError as error:
         raise UserError(f"--prompts {path}: cannot be read ({error.strerror})")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {path}: not UTF-8 (byte {error.start}); save it as UTF-8")
-    except (ValueError, TypeError, StopIteration):
+    except (ValueError, TypeError, AttributeError, StopIteration):
         raise UserError(f"--prompts {path}: every line must be a JSON object with prompt, caption or text")
     if not lines:
         raise UserError(f"--prompts {path}: has no prompt in it")
@@ -496,6 +510,14 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     return Weights((key, p) for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key)
 
 
+def remove_lora(net, name):
+    """Takes a LoRA away again, with its parameters."""
+    for layer in net.lora_layers:
+        layer.delete_adapter(name)
+        layer._disable_adapters = True
+    net.peft_config.pop(name)
+
+
 class Weights(dict):
     """Parameters by name, as a part of a checkpoint."""
 
@@ -543,7 +565,7 @@ def use_lora(net, name):
     for layer in layers:
         layer._disable_adapters = name is None
         if name is not None:
-            layer._active_adapter = [name]
+            layer._active_adapter = [name] if name in layer.lora_A else []
     try:
         yield
     finally:
@@ -555,7 +577,10 @@ def enable_checkpointing(net):
     """Gradient checkpointing whose recomputation in the backward pass uses the adapter of the forward pass."""
     def checkpoint(module, *args):
         layers = getattr(net, "lora_layers", ())
-        name = layers[0]._active_adapter[0] if layers and not layers[0]._disable_adapters else None
+        if not layers:  # torch.compile does not take a context_fn
+            return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False)
+        active = [name for layer in layers if not layer._disable_adapters for name in layer._active_adapter]
+        name = active[0] if active else None
         return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False,
                                                  context_fn=lambda: (nullcontext(), use_lora(net, name)))
     net.enable_gradient_checkpointing(checkpoint)
@@ -566,12 +591,14 @@ def merge_lora_file(pipe, path):
     try:
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(path)
+            if not any(pipe.get_list_adapters().values()):
+                raise UserError(f"{path}: none of its LoRA weights belongs to this pipeline's network; they are for another base")
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         else:  # PixArtAlphaPipeline
             from peft import PeftModel
             pipe.transformer = PeftModel.from_pretrained(pipe.transformer, path).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be loaded as LoRA weights ({' '.join(str(error).split())[:300]})")
 
 
@@ -624,7 +651,7 @@ def load_scorer(name, device="cpu"):
     """
     try:
         return _open_clip_scorer(device) if name == "hps" else _transformers_scorer(*SCORERS.get(name, (name, name)), device)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a CLIPModel with its processor ({' '.join(str(error).split())[:300]}); "
                         "a local directory works without a network")
 
@@ -990,6 +1017,12 @@ def choose_device(name):
     return device
 
 
+def start_processes(device):
+    """Under torchrun, the process group: gloo, and nccl between GPUs. Once a program; run_command ends it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
 def ignore_signals(worker):
     """For the processes that read pictures: a signal to the whole group must not end them before the run has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1013,9 +1046,10 @@ class Run:
         for name in ("iterations", "batch_size", "log_every", "save_every", "sample_every"):
             if getattr(config, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-        for name in ("seed", "workers"):
-            if getattr(config, name) < 0:
-                raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
+        self.workers = getattr(config, "workers", 0)
+        for name, value in (("seed", config.seed), ("workers", self.workers)):
+            if value < 0:
+                raise UserError(f"--{name} {value}: must not be negative")
         if config.batch_size % self.world:
             raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by {self.world} processes")
         local = config.batch_size // self.world
@@ -1033,8 +1067,7 @@ class Run:
         self.saved = self._read_checkpoint()
         self.start = self.saved["iteration"] if self.saved else 0
         self.signal = 0
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        start_processes(self.device)
         if self.world > 1:
             starts = [None] * self.world
             dist.all_gather_object(starts, self.start)
@@ -1077,7 +1110,9 @@ class Run:
             elif self.world > 1 and isinstance(part, torch.nn.Module):
                 for tensor in part.state_dict().values():
                     dist.broadcast(tensor, 0)
-        self.saved, self.parts = None, parts
+        continued, self.saved, self.parts = self.saved is not None, None, parts
+        if continued and not self.checkpoint.exists():
+            self.save(self.start)  # from another run: this one can now be continued on its own
         if self.rank == 0:
             (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
             log = self.out / "metrics.jsonl"
@@ -1104,7 +1139,7 @@ class Run:
         order = (sample_order(dataset, self.config.seed, range(i * size + rows.start, i * size + rows.stop))
                  for i in range(self.start, self.config.iterations))
         # With a generator of its own the loader leaves the global one alone.
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.config.workers, collate_fn=list,
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.workers, collate_fn=list,
                             generator=torch.Generator(), worker_init_fn=ignore_signals)
         for samples in loader:
             for path in sorted({p for s in samples for p in s["skipped"]} - self.skipped):

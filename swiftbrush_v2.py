@@ -15,9 +15,8 @@ One iteration of a student; the same numbers stand in the code:
 Then theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights.
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
 
-Symbols, paper -> code: f_theta -> student; epsilon_psi -> teacher (methods section 3 of the paper: phi); the LoRA teacher's
-epsilon -> lora_teacher, the same frozen network with an adapter on; x_t -> x_t; omega(t) -> sigma_t^2; lambda ->
-merge_lambda.
+Symbols, paper -> code: f_theta -> student; epsilon_phi -> teacher; epsilon_psi -> lora_teacher, the same frozen network with an
+adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda.
 
 What differs from the paper as printed. The LoRA teacher's loss is E|eps_psi - eps|^2, not |E[.]|^2. alpha_T comes from the
 scheduler: (alpha_T, sigma_T) = (0, 1) would divide by zero. A gradient that is not finite stops the run; the first version's
@@ -32,20 +31,22 @@ code sets it to 0.
 import argparse
 import json
 import os
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from common import (EMA, FREE_FLAGS, Denoiser, Draws, Run, Shapes, UserError, Weights, add_lora, choose_device, ddim_sample,
-                    enable_checkpointing, export_one_step, flag, fold_lora, load, load_dataset, load_decoder, load_distance,
-                    load_prompts, load_scorer, map_cond, mean_of, parse_config, run_command, sample_order, save_grid, save_lora)
+from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, Run, Shapes, UserError, Weights, add_lora, choose_device,
+                    chunk_for, class_labels, ddim_sample, enable_checkpointing, export_one_step, flag, fold_lora, load, load_dataset,
+                    load_decoder, load_distance, load_prompts, load_scorer, map_cond, mean_of, parse_config, remove_lora,
+                    run_command, sample_order, save_grid, save_lora, start_processes)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -55,9 +56,10 @@ class Config:
     """One field a flag; the text is also its --help."""
     model: str = flag("assets/mini-sd", "the teacher: a diffusers pipeline, directory or hub id")
     student: str = flag("", "one-step model the students start from; empty: the teacher's weights; paper: stabilityai/sd-turbo")
+    lora: str = flag("", "LoRA weights merged into the students' start")
     prompts: str = flag("", "file of prompts; empty: the captions of --dataset")
     dataset: str = flag("shapes", "shapes, cifar10 or a folder: its captions are the prompts, its pictures --regularise inversion's")
-    preset: str = flag("sd21", "defaults of the other flags: shapes (mini model), sd21, cifar10; the dataset's own where it has one")
+    preset: str = flag("sd21", "defaults of the other flags: shapes for the mini model, cifar10 for --dataset cifar10, else sd21")
     stage: str = flag("all", "a (full student), b (LoRA student), merge, or all in that order")
     out: str = flag("runs/swiftbrush_v2", "the run's folder; the same command again resumes what lies there")
     resume: str = flag("", "folder of another run of the same configuration, to continue from its checkpoints")
@@ -66,7 +68,6 @@ class Config:
     precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
     compile: bool = flag(False, "torch.compile the student of stage A; adapters are switched in the others, which breaks graphs")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    workers: int = flag(0, "processes that read pictures")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
     save_every: int = flag(500, "iterations between checkpoints")
     sample_every: int = flag(500, "iterations between grids in samples/")
@@ -87,15 +88,16 @@ class Config:
     null_share: float = flag(0.1, "of the LoRA teacher's captions that are emptied, so that it can be guided; SwiftBrush v1: 0.1")
     t_min: int = flag(20, "lowest timestep of the distillation; SwiftBrush v1: 20")
     t_max: int = flag(980, "highest; SwiftBrush v1: 980")
+    lora_targets: tuple = flag(("to_q", "to_v"), "layers of the LoRA teacher, by the ends of their names; SwiftBrush v1: to_q to_v")
     rank: int = flag(64, "of the LoRA teacher; paper: 64")
     alpha: int = flag(128, "of the LoRA teacher; paper: 128")
     rank_b: int = flag(256, "of student B; paper: 256")
     alpha_b: int = flag(512, "of student B; paper: 512")
 
-    prediction: str = flag("epsilon", "what the students predict: epsilon, or v_prediction, converted first; paper: epsilon")
-    convert_iterations: int = flag(150, "of the conversion, a regression onto the teacher's x0 at the last timestep")
+    prediction: str = flag("", "what the students predict: as their start (paper: epsilon), or epsilon or v_prediction, converted first")
+    convert_iterations: int = flag(150, "of the conversion, a regression onto the old x0 at the last timestep")
     convert_lr: float = flag(1e-5, "of the conversion")
-    convert_clamp: float = flag(4.0, "the teacher's x0 at the last timestep is clamped to +- this")
+    convert_clamp: float = flag(4.0, "the old x0 at the last timestep is clamped to +- this")
 
     tau: float = flag(0.35, "threshold of the clamped CLIP loss, a cosine; 1 never clamps (naive); paper: 0.35")
     clip_weight: float = flag(0.1, "weight of the CLIP loss at the start; 0: none; paper: 0.1")
@@ -109,6 +111,7 @@ class Config:
     regularise: str = flag("", "image regularisation by pairs (teacher's ODE) or inversion (of real pictures); empty: none")
     regularise_num: int = flag(10_000, "number of such pairs, made before the training and kept in OUT/pairs")
     regularise_steps: int = flag(25, "DDIM steps of a pair")
+    teacher_guidance: float = flag(4.5, "of the teacher's many-step pictures: pairs, and OUT/comparison.png; paper's Table 1: 4.5")
     regularise_every: int = flag(20, "iterations between its batches; paper: 5 % of the data")
     regularise_weight: float = flag(0.25, "of its distance; DMD: 0.25")
     distance: str = flag("lpips", "of the regularisation, lpips or l2; DMD: LPIPS")
@@ -120,13 +123,31 @@ PRESETS = {
     "shapes": dict(
         iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.98, save_every=100,
         sample_every=200, prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128,
-        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.5, distance="l2", regularise_num=2000),
+        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.9, distance="l2", regularise_num=2000, teacher_guidance=2.0,
+        lora_targets=LORA_TARGETS),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128, lr=1e-5, clip_weight=0.0,
-        decoder="", distance="l2"),
+        decoder="", distance="l2", teacher_guidance=1.0, prediction="v_prediction", convert_clamp=1.0, convert_lr=1e-4),
 }
 
-FREE = (FREE_FLAGS | {"stage", "merge_lambda"}) - {"iterations"}  # the CLIP loss's weight depends on the number of iterations
+# What a stage's checkpoint does not depend on.
+ONLY_B = {"iterations_b", "lr_b", "rank_b", "alpha_b", "tau", "clip_weight", "clip_decay", "clip", "decoder", "reward", "reward_tau",
+          "reward_weight"}
+SAMPLING = {"stage", "merge_lambda", "preset"}
+FREE = dict(
+    start=(FREE_FLAGS | SAMPLING | ONLY_B | {"lr", "lr_lora_teacher", "weight_decay", "ema", "guidance", "guide_lora_teacher", "t_min",
+           "t_max", "null_share", "rank", "alpha", "lora_targets"}
+           | {"regularise" + name for name in ("", "_num", "_steps", "_every", "_weight")} | {"distance", "teacher_guidance"})
+    - {"iterations"},
+    a=FREE_FLAGS | SAMPLING | ONLY_B,
+    b=(FREE_FLAGS | SAMPLING | {"lr"}) - {"iterations"})  # the CLIP loss's weight depends on the number of iterations
+
+
+def preset_of(given):
+    """The preset that fits the flags given: a real model must not get the mini model's rates."""
+    if given.get("dataset") == "cifar10":
+        return "cifar10"
+    return "shapes" if given.get("model", Config.model) == Config.model else "sd21"
 
 
 # Losses
@@ -175,8 +196,10 @@ def slerp(a, b, u):
 
 
 def slerp_tokens(a, b, u):
-    """slerp of every vector along the last axis; masks and labels stay those of a."""
-    return slerp(a.flatten(0, -2), b.flatten(0, -2), u).view_as(a) if a.is_floating_point() and a.ndim > 1 else a
+    """slerp of every vector along the last axis; a mask becomes that of both, a label is that of the nearer end."""
+    if a.is_floating_point():
+        return slerp(a.flatten(0, -2), b.flatten(0, -2), u).view_as(a)
+    return torch.maximum(a, b) if a.ndim > 1 else a if u < 0.5 else b
 
 
 # Networks
@@ -192,27 +215,29 @@ def one_step(student, z, cond):
 
 
 def starting_student(config, teacher, codec):
-    """The students' common start W0 as a frozen Denoiser: --student's model, or the teacher itself.
+    """The students' common start W0 as a frozen Denoiser: --student's model, with --lora, or the teacher itself.
 
     Raises UserError if the model does not fit the teacher.
     """
-    if not config.student:
+    if not config.student and not config.lora:
         return teacher
-    student, student_codec = load(config.student, codec.device)
+    student, student_codec = load(config.student or config.model, codec.device, config.lora)
     if student_codec.shape != codec.shape:
         raise UserError(f"--student {config.student}: works on x0 of shape {student_codec.shape}, "
                         f"--model {config.model} on {codec.shape}")
     shapes = [{k: v.shape for k, v in d.net.state_dict().items()} for d in (student, teacher)]
     if shapes[0] != shapes[1]:
         raise UserError(f"--student {config.student}: another architecture than --model {config.model}; give two of the same")
+    if not torch.allclose(student.schedule.alpha, teacher.schedule.alpha, atol=1e-6):
+        raise UserError(f"--student {config.student}: another noise schedule than --model {config.model}; give two of the same")
     return student
 
 
-def dense_copy(net, state=None):
-    """A trainable copy of a network, with the weights `state` (default: its own)."""
+def dense_copy(net, state, device):
+    """A network of the same architecture with the weights `state`, in eval mode."""
     new = type(net).from_config(net.config)
-    new.load_state_dict(state or net.state_dict())
-    return new.to(next(net.parameters()).device).train().requires_grad_(True)
+    new.load_state_dict(state)
+    return new.to(device).eval()
 
 
 # Updates
@@ -287,11 +312,13 @@ def lora_teacher_step(iteration, x0, cond, null, run, config, lora_teacher, para
     return mean_of(scalars)
 
 
-def make_image_losses(config, codec, decode):
-    """Student B's losses on decoded pictures, Eq. 5 and supplement 8.1, as a function of (f, prompts, iteration)."""
-    terms = [(name, load_scorer(model, codec.device), tau, weight) for name, model, tau, weight in (
-        ("clip", config.clip, config.tau, config.clip_weight), ("reward", config.reward, config.reward_tau, config.reward_weight))
-        if model and weight]
+def make_image_losses(config, decode, scorers):
+    """Student B's losses on decoded pictures, Eq. 5 and supplement 8.1, as a function of (f, prompts, iteration).
+
+    scorers: {"clip": Scorer, "reward": Scorer}, or one of them, or none.
+    """
+    settings = dict(clip=(config.tau, config.clip_weight), reward=(config.reward_tau, config.reward_weight))
+    terms = [(name, scorer, *settings[name]) for name, scorer in scorers.items()]
 
     def image_losses(f, prompts, iteration):
         if not terms:
@@ -320,20 +347,30 @@ def ddim_invert(teacher, x0, steps, cond):
 
 
 @torch.no_grad()
-def prepare_pairs(config, teacher, codec, prompts, chunk=64):
+def prepare_pairs(config, teacher, codec, prompts):
     """Pairs (z, x0, prompt) of the image regularisation, from OUT/pairs, where what is missing is made first.
 
     "pairs": z is noise and x0 what the teacher's guided DDIM makes of it. "inversion": x0 is a picture of --dataset and z its
     noise by unguided DDIM backwards. Returns z, x0 [N, C, H, W] on the CPU and the list of prompts.
     """
     folder, rank, world = Path(config.out) / "pairs", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    names = ("model", "prompts", "dataset", "seed", "guidance", "regularise", "regularise_steps")
+    chunk = min(chunk_for(codec), config.regularise_num)
+    names = ("model", "prompts", "dataset", "seed", "teacher_guidance", "regularise", "regularise_steps")
     made_with = {name: getattr(config, name) for name in names}
     note = folder / "made_with.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(made_with)):
         raise UserError(f"{folder}: made with other flags ({note}); delete it, or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(made_with))
+    if world > 1:
+        dist.barrier()  # no process may look for the note while the first writes it
+    if rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            note.with_suffix(".tmp").write_text(json.dumps(made_with))
+            note.with_suffix(".tmp").rename(note)
+        except OSError as error:
+            raise UserError(f"--out {config.out}: cannot write there ({error.strerror}); choose another folder")
+    if world > 1:
+        dist.barrier()
     dataset = load_dataset(config.dataset, codec.picture_size, config.seed) if config.regularise == "inversion" else None
     files = [folder / f"{i:06d}.safetensors" for i in range(-(-config.regularise_num // chunk))]
     for i in tqdm(range(rank, len(files), world), desc="pairs", disable=rank > 0):
@@ -342,7 +379,7 @@ def prepare_pairs(config, teacher, codec, prompts, chunk=64):
         draw = Draws(config.seed, 10**9 + i, chunk, slice(None), "cpu")
         if dataset is None:
             y, z = [prompts[k] for k in draw.randint(0, len(prompts))], draw.randn(*codec.shape).to(codec.device)
-            x0 = ddim_sample(teacher, z, config.regularise_steps, codec.cond(y), codec.null(chunk), config.guidance[0])
+            x0 = ddim_sample(teacher, z, config.regularise_steps, codec.cond(y), codec.null(chunk), config.teacher_guidance)
         else:
             samples = [dataset[k] for k in sample_order(dataset, config.seed, range(i * chunk, (i + 1) * chunk))]
             y = [s["caption"] for s in samples]
@@ -351,8 +388,8 @@ def prepare_pairs(config, teacher, codec, prompts, chunk=64):
         temporary = files[i].with_suffix(f".tmp{rank}")
         save_file(dict(z=z.cpu().contiguous(), x0=x0.cpu().contiguous()), temporary, metadata=dict(prompts=json.dumps(y)))
         temporary.rename(files[i])
-    while not all(file.exists() for file in files):
-        time.sleep(1)  # the other processes' share
+    if world > 1:
+        dist.barrier()
     z, x0, y = [], [], []
     for file in files:
         with safe_open(file, "pt") as f:
@@ -360,10 +397,9 @@ def prepare_pairs(config, teacher, codec, prompts, chunk=64):
     return torch.cat(z), torch.cat(x0), y
 
 
-def make_pair_loss(config, codec, decode, pairs):
-    """The image regularisation, as a function of (student, run, iteration) that adds its gradient; DMD's, Eq. 9 of that paper."""
+def make_pair_loss(config, codec, decode, distance, pairs):
+    """The image regularisation, as a function of (student, run, iteration) that adds its gradient; DMD's regression loss."""
     z, x0, y = pairs
-    distance = load_distance(config.distance, codec.device)
 
     def pair_loss(student, run, iteration):
         if iteration % config.regularise_every:
@@ -386,9 +422,9 @@ def make_pair_loss(config, codec, decode, pairs):
 # Sampling
 
 @torch.no_grad()
-def draw_samples(student, codec, prompts, seed, chunk=64):
+def draw_samples(student, codec, prompts, seed):
     """One-step pictures in [-1, 1], [N, 3, H, W], on the CPU, the same for the same seed."""
-    images = []
+    images, chunk = [], chunk_for(codec)
     for first in range(0, len(prompts), chunk):
         y = prompts[first:first + chunk]
         z = Draws(seed, first, len(y), slice(None), "cpu").randn(*codec.shape).to(codec.device)
@@ -419,6 +455,8 @@ def prompts_of(config, codec):
     """The prompts of the run: --prompts, the model's classes, or the captions of --dataset. Raises UserError if there is none."""
     if config.prompts:
         prompts = load_prompts(config.prompts)
+        if codec.classes:
+            class_labels(prompts, codec.classes)
     elif not codec.guided:
         return [""]
     elif codec.classes:
@@ -434,19 +472,22 @@ def prompts_of(config, codec):
     return prompts
 
 
-def stage_config(config, stage, iterations):
-    """The configuration of one stage's Run: its own folder below OUT."""
-    resume = config.resume and f"{config.resume}/{stage}"
-    return replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=iterations)
+def stage_run(config, stage):
+    """The Run of one stage: its own folder below OUT. Raises UserError if it cannot work."""
+    iterations = dict(start=config.convert_iterations, a=config.iterations, b=config.iterations_b)[stage]
+    resume = f"{config.resume}/{stage}" if config.resume and (Path(config.resume) / stage / "checkpoint").exists() else ""
+    return Run(replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=iterations), free=FREE[stage])
 
 
-def convert(config, teacher, codec, start, prompts):
-    """The start as a network that predicts --prediction: a regression of its x0 at the last timestep onto the teacher's, clamped.
+def convert(config, codec, start, prompts):
+    """The start as a network that predicts --prediction: a regression of its x0 at the last timestep onto its old one, clamped.
 
     At that timestep an epsilon network's x0 carries 1 / alpha_T times its error (14.6 for SD), a v network's x0 is about -v.
     """
-    run = Run(stage_config(config, "start", config.convert_iterations), free=FREE)
-    net = dense_copy(start.net)
+    run = stage_run(config, "start")
+    net = dense_copy(start.net, start.net.state_dict(), codec.device).requires_grad_(True)
+    if config.gradient_checkpointing:
+        enable_checkpointing(net)
     student = Denoiser(net, start.schedule, config.prediction)
     optimizer = torch.optim.AdamW(net.parameters(), config.convert_lr, weight_decay=0.0, fused=True)
     run.begin(dict(student=net, optimizer=optimizer))
@@ -467,25 +508,26 @@ def convert(config, teacher, codec, start, prompts):
         if run.finish_iteration(iteration, mean_of(scalars)):
             break
     run.end()
-    net.eval().requires_grad_(False)
+    if run.rank == 0:
+        # Student B's LoRA file belongs on top of this.
+        export_one_step(codec, net, config.prediction, run.out / "pipeline")
+    net.requires_grad_(False)
     return student
 
 
 def train_student(stage, config, teacher, codec, start, prompts, image_losses, pair_loss):
-    """Stage a (all weights) or b (a LoRA with the image losses). Returns the student's averaged dense weights."""
-    iterations = config.iterations if stage == "a" else config.iterations_b
-    run = Run(stage_config(config, stage, iterations), free=FREE)
+    """Stage a (all weights) or b (a LoRA with the image losses); exports the averaged student to OUT/stage/pipeline."""
+    run = stage_run(config, stage)
     if stage == "a":
-        student = Denoiser(dense_copy(start.net, fold_lora(start.net, None)), start.schedule, start.prediction_type)
-        parameters = Weights(student.net.named_parameters())
+        net = dense_copy(start.net, fold_lora(start.net, None), codec.device).requires_grad_(True)
+        student, parameters = Denoiser(net, start.schedule, start.prediction_type), Weights(net.named_parameters())
     else:
         student = Denoiser(start.net, start.schedule, start.prediction_type, "student")
         parameters = add_lora(start.net, "student", config.rank_b, config.alpha_b)
-    lora_teacher = Denoiser(teacher.net, teacher.schedule, teacher.prediction_type, f"lora_teacher_{stage}")
-    parameters_lora = add_lora(teacher.net, lora_teacher.adapter, config.rank, config.alpha)
-    for net in {student.net, teacher.net}:
-        net.train()
-        if config.gradient_checkpointing:
+    lora_teacher = Denoiser(teacher.net, teacher.schedule, teacher.prediction_type, "lora_teacher")
+    parameters_lora = add_lora(teacher.net, "lora_teacher", config.rank, config.alpha, config.lora_targets)
+    if config.gradient_checkpointing:
+        for net in {student.net, teacher.net}:
             enable_checkpointing(net)
     if config.compile and stage == "a":
         student.net.compile()
@@ -509,29 +551,37 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
         if run.finish_iteration(iteration, losses):
             break
     run.end()
-    for net in {student.net, teacher.net}:
-        net.eval()
-    with ema.applied():
-        state = {key: value.clone() for key, value in fold_lora(student.net, student.adapter).items()}
-        if run.rank == 0:
-            export_one_step(codec, dense_copy(student.net, state), student.prediction_type, run.out / "pipeline")
-            if stage == "b":
-                save_lora(codec, student.net, "student", run.out)
-    return state
+    if run.rank == 0:
+        export_student(codec, student, ema, run.out)
+    remove_lora(teacher.net, "lora_teacher")
+    if stage == "b":
+        remove_lora(start.net, "student")
 
 
-def finished_student(config, stage, codec):
-    """The dense weights of a stage that an earlier command has finished. Raises UserError if it has not."""
+def export_student(codec, student, ema, out):
+    """The averaged student as a pipeline in OUT/pipeline, made on the CPU; a LoRA also as a file of its own."""
+    with ema.applied() if student.adapter else nullcontext():
+        state = {key: value.cpu() for key, value in fold_lora(student.net, student.adapter).items()}
+        if student.adapter:
+            save_lora(codec, student.net, student.adapter, out)
+    if not student.adapter:
+        state |= {name: average.cpu() for name, average in ema.average.items()}
+    export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, out / "pipeline")
+
+
+def finished_student(config, stage, teacher):
+    """A finished stage's dense weights, on the CPU, and its prediction type. Raises UserError if there is none."""
     folder = Path(config.out) / stage / "pipeline"
     if not folder.exists():
         raise UserError(f"--stage {config.stage}: {folder} does not exist; run --stage {stage} first")
-    student, _ = load(folder, codec.device)
-    return student.net.state_dict(), student.prediction_type
+    part = "transformer" if (folder / "transformer").exists() else "unet"
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return type(teacher.net).from_pretrained(folder / part).state_dict(), scheduler["prediction_type"]
 
 
 def check(config):
     """Raises UserError on flags that cannot work."""
-    for name, choices in (("stage", ("a", "b", "merge", "all")), ("prediction", ("epsilon", "v_prediction")),
+    for name, choices in (("stage", ("a", "b", "merge", "all")), ("prediction", ("", "epsilon", "v_prediction")),
                           ("regularise", ("", "pairs", "inversion")), ("distance", ("l2", "lpips"))):
         if getattr(config, name) not in choices:
             raise UserError(f"--{name} {getattr(config, name)}: unknown; choose one of {', '.join(filter(None, choices))}")
@@ -553,52 +603,77 @@ def check(config):
 def train(config):
     """The stages of --stage, or the rest of them."""
     check(config)
-    teacher, codec = load(config.model, choose_device(config.device))
+    device = choose_device(config.device)
+    start_processes(device)
+    if config.resume and not list(Path(config.resume).glob("*/checkpoint/state.pt")):
+        raise UserError(f"--resume {config.resume}: there is no checkpoint in it")
+    teacher, codec = load_teacher(config, device)
     if config.t_max >= len(teacher.schedule):
         raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {len(teacher.schedule) - 1}")
-    if not codec.guided and tuple(config.guidance) != (1.0,):
-        raise UserError(f"--guidance {config.guidance}: {config.model} has no condition to guide by; use --guidance 1")
+    if not codec.guided and (tuple(config.guidance), config.teacher_guidance) != ((1.0,), 1.0):
+        raise UserError(f"--guidance {config.guidance}: {config.model} has no condition to guide by; "
+                        "use --guidance 1 --teacher-guidance 1")
     prompts = prompts_of(config, codec)
-    start = starting_student(config, teacher, codec)
-    decode = load_decoder(config.decoder, codec)
-    stages = ("a", "b", "merge") if config.stage == "all" else (config.stage,)
-    image_losses = make_image_losses(config, codec, decode) if "b" in stages else None
-    pair_loss = None
-    if config.regularise and stages != ("merge",):
-        pair_loss = make_pair_loss(config, codec, decode, prepare_pairs(config, teacher, codec, prompts))
-    if start.prediction_type != config.prediction and stages != ("merge",):
-        start = convert(config, teacher, codec, start, prompts)
+    stages = ["a", "b", "merge"] if config.stage == "all" else [config.stage]
+    # Whatever can be missing is loaded before anything is trained.
+    scorers = {name: load_scorer(model, device) for name, model, weight in (
+        ("clip", config.clip, config.clip_weight), ("reward", config.reward, config.reward_weight))
+        if model and weight and stages != ["a"]}
+    start = pair_loss = image_losses = None
+    if stages != ["merge"]:
+        start = starting_student(config, teacher, codec)
+        if (config.prediction or start.prediction_type) != start.prediction_type:
+            stages = ["start", *stages]
+        for stage in stages:
+            if stage != "merge":
+                stage_run(config, stage)
+        decode = load_decoder(config.decoder, codec) if "b" in stages and scorers or config.regularise else codec.decode
+        image_losses = make_image_losses(config, decode, scorers)
+        if config.regularise:
+            distance = load_distance(config.distance, device)
+            pair_loss = make_pair_loss(config, codec, decode, distance, prepare_pairs(config, teacher, codec, prompts))
     for stage in stages:
-        if stage != "merge":
+        if stage == "start":
+            start = convert(config, codec, start, prompts)
+        elif stage != "merge":
             train_student(stage, config, teacher, codec, start, prompts, image_losses, pair_loss)
         elif int(os.environ.get("RANK", 0)) == 0:
-            merge_students(config, teacher, codec, prompts)
+            merge_students(config, teacher, codec, prompts, scorers.get("clip"))
 
 
-def merge_students(config, teacher, codec, prompts):
+def load_teacher(config, device):
+    """--model as (Denoiser, Codec); where CIFAR-10's cannot be had, the error says how to train one."""
+    try:
+        return load(config.model, device)
+    except UserError as error:
+        if config.dataset == "cifar10":
+            raise UserError(f"{error}; or train one: python tools/pretrain.py --dataset cifar10 --out runs/teacher, "
+                            "then --model runs/teacher")
+        raise
+
+
+def merge_students(config, teacher, codec, prompts, scorer):
     """Eq. 6 on the two finished students; writes OUT/pipeline, and a picture of teacher, students and merge on the same noise."""
-    (state_a, prediction), (state_b, prediction_b) = (finished_student(config, stage, codec) for stage in "ab")
+    (state_a, prediction), (state_b, prediction_b) = (finished_student(config, stage, teacher) for stage in "ab")
     if prediction != prediction_b:
         raise UserError(f"--stage merge: a predicts {prediction}, b {prediction_b}; train both with one --prediction")
-    nets = dict(A=state_a, B=state_b, merged=merge(state_a, state_b, config.merge_lambda))
-    students = {name: Denoiser(dense_copy(teacher.net, state).eval(), teacher.schedule, prediction)
-                for name, state in nets.items()}
-    export_one_step(codec, students["merged"].net, prediction, Path(config.out) / "pipeline")
+    merged = merge(state_a, state_b, config.merge_lambda)
+    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, Path(config.out) / "pipeline")
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
     z = Draws(0, 0, len(shown), slice(None), "cpu").randn(*codec.shape).to(codec.device)
-    arguments = codec.cond(shown), codec.null(len(shown)), config.guidance[0]
+    arguments = codec.cond(shown), codec.null(len(shown)), config.teacher_guidance
     rows = [codec.decode(ddim_sample(teacher, z, steps, *arguments)).cpu() for steps in (1, 25)]
-    rows += [draw_samples(student, codec, shown, 0) for student in students.values()]
+    many = [prompts[i % len(prompts)] for i in range(512)]
+    for name, state in dict(A=state_a, B=state_b, merged=merged).items():
+        student = Denoiser(dense_copy(teacher.net, state, codec.device), teacher.schedule, prediction)
+        rows.append(draw_samples(student, codec, shown, 0))
+        if scorer:
+            with torch.no_grad():
+                scores = scorer(draw_samples(student, codec, many, 1).to(codec.device), scorer.texts(many))
+            print(f"{name}: CLIP score {scores.mean():.4f} ({config.clip}, {len(many)} one-step pictures)")
     save_grid(torch.cat(rows), Path(config.out) / "comparison.png", len(shown))
     print(f"{config.out}/comparison.png, from above: teacher 1 step, teacher 25 steps, A, B, merged\n"
           f"{config.out}/pipeline: the merged student, a diffusers pipeline")
-    if config.clip:
-        scorer, prompts = load_scorer(config.clip, codec.device), [prompts[i % len(prompts)] for i in range(512)]
-        texts = scorer.texts(prompts)
-        with torch.no_grad():
-            for name, student in students.items():
-                scores = scorer(draw_samples(student, codec, prompts, 1).to(codec.device), texts)
-                print(f"{name}: CLIP score {scores.mean():.4f} ({config.clip}, 512 one-step pictures)")
 
 
 # Main
@@ -623,12 +698,17 @@ def sample_command(argv):
     if not found:
         raise UserError(f"--run {args.run}: no finished student {args.which or ''} in it; see its samples/ while it runs")
     student, codec = load(folders[found[0]], choose_device(args.device))
-    prompts = args.prompts or prompts_of(Config(), codec)
+    config = next(Path(args.run).glob("[ab]/config.json"))
+    prompts = args.prompts or prompts_of(Config(**{k: tuple(v) if isinstance(v, list) else v
+                                                   for k, v in json.loads(config.read_text()).items()}), codec)
     if args.slerp:
         images = draw_strip(student, codec, args.slerp, prompts, args.seed, args.num)
     else:
         images = draw_samples(student, codec, [prompts[i % len(prompts)] for i in range(args.num)], args.seed)
-    save_grid(images, args.grid)
+    try:
+        save_grid(images, args.grid, args.num if args.slerp else 8)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--grid {args.grid}: cannot be written ({error})")
     print(f"{args.num} one-step pictures of student {found[0]}: {args.grid}")
 
 
@@ -636,7 +716,8 @@ def main(argv):
     """`sample` or, by default, `train`."""
     if argv[:1] == ["sample"]:
         return sample_command(argv[1:])
-    train(parse_config(Config, PRESETS, argv[1:] if argv[:1] == ["train"] else argv, __doc__.splitlines()[0]))
+    train(parse_config(Config, PRESETS, argv[1:] if argv[:1] == ["train"] else argv, __doc__.splitlines()[0],
+                       preset_of))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from diffusers import (AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMSched
                        UNet2DConditionModel)
 from peft import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as TF
 
 import common
@@ -141,9 +142,37 @@ def test_wrong_models_are_named(tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="a part is missing or damaged"):
         load(str(path))
+    (path / "unet").rename(path / "other")
+    with pytest.raises(UserError, match="a part is missing, the folder unet/"):
+        load(str(path))
     (path / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="pipe: "):
         load(str(path))
+
+
+def test_damaged_parts_are_named(tmp_path):
+    path = tmp_path / "pipe"
+    tiny.sd().save_pretrained(path)
+    tokenizer = (path / "tokenizer" / "tokenizer.json").read_text()
+    (path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer|missing"):
+        load(str(path))
+    (path / "tokenizer" / "tokenizer.json").write_text(tokenizer)
+    weights = next((path / "text_encoder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="missing or damaged"):
+        load(str(path))
+
+
+def test_lora_of_another_base_is_refused(tmp_path):
+    path = saved(tmp_path, tiny.sd())
+    denoiser, _ = load(path)
+    add_lora(denoiser.net, "student", 4, 4)
+    state = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(denoiser.net, adapter_name="student").items()}
+    (tmp_path / "lora").mkdir()
+    save_file(state, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="another base|cannot be loaded"):
+        load(path, lora=str(tmp_path / "lora"))
 
 
 def test_prompt_files(tmp_path):
@@ -153,6 +182,9 @@ def test_prompt_files(tmp_path):
     rows = tmp_path / "p.jsonl"
     rows.write_text('{"prompt": "a"}\n{"caption": "b"}\n{"text": "ü"}\n', encoding="utf-8")
     assert load_prompts(rows) == ["a", "b", "ü"]
+    rows.write_text('{"prompt": null}\n')
+    with pytest.raises(UserError, match="JSON object"):
+        load_prompts(rows)
     rows.write_text('{"title": "a"}\n')
     for path, content, message in ((rows, None, "JSON object"), (file, b"", "no prompt"), (file, b"caf\xe9", "not UTF-8"),
                                    (tmp_path / "none.txt", None, "cannot be read")):

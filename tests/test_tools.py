@@ -82,17 +82,17 @@ def test_evaluate_two_folders(tmp_path):
 
 
 def test_ablation_rows_are_kept_and_failures_named(tmp_path, monkeypatch):
-    rows = [dict(arm="yoso", seed=s, num=10, flags=["--seed", str(s), "--iterations", "10"], **{k: s for k in ablate.COLUMNS})
+    rows = [dict(arm="yoso", seed=s, num=10, flags=["--iterations", "10", "--seed", str(s)], **{k: s for k in ablate.COLUMNS["yoso"]})
             for s in (0, 1)]
     for row in rows:
         (tmp_path / f"yoso-seed{row['seed']}.json").write_text(json.dumps(row))
-    assert [ablate.run_row("yoso", s, 10, tmp_path, 10) for s in (0, 1)] == rows, "an existing row is not run again"
+    assert [ablate.run_row("yoso", "yoso", s, 10, tmp_path, 10) for s in (0, 1)] == rows, "an existing row is not run again"
     with pytest.raises(common.UserError, match="choose another --out"):
-        ablate.run_row("yoso", 0, 20, tmp_path, 10)
-    table = ablate.table(rows)
+        ablate.run_row("yoso", "yoso", 0, 20, tmp_path, 10)
+    table = ablate.table("yoso", rows)
     assert "| yoso | 2 | 0.5 ± 0.71 |" in table and "| UFOGen | 0 | not run |" in table
-    monkeypatch.setitem(ablate.ARMS, "yoso", ["--distance", "l3"])
-    failed = ablate.run_row("yoso", 7, 10, tmp_path, 10)
+    monkeypatch.setitem(ablate.YOSO, "yoso", ["--distance", "l3"])
+    failed = ablate.run_row("yoso", "yoso", 7, 10, tmp_path, 10)
     assert "--distance l3: unknown" in failed["failed"] and not (tmp_path / "yoso-seed7.json").exists()
 
 

@@ -1,9 +1,10 @@
-"""The paper's ablations in small: every arm and seed as one run and one JSON row; run it again to go on where it stopped.
+"""The papers' ablations in small: every arm and seed as one JSON row; run it again to go on where it stopped.
 
-    python tools/ablate.py --seeds 0 1 2 --iterations 3000 --jobs 2          Table 1 of YOSO on shapes
-    python tools/ablate.py --table                                           only print the table of the rows that exist
+    python tools/ablate.py yoso --seeds 0 1 2 --iterations 2500 --jobs 2      YOSO's Table 1, from scratch on shapes
+    python tools/ablate.py swiftbrush_v2 --seeds 0 1 2                        SwiftBrush v2's Table 5, on the mini model
+    python tools/ablate.py yoso --table                                       only print the table of the rows that exist
 
-Each arm is `python yoso.py` with the flags below and nothing else changed, measured by tools/evaluate.py on one-step samples.
+Each arm is the method's script with the flags below and nothing else changed, measured by tools/evaluate.py on one-step samples.
 """
 
 import argparse
@@ -20,54 +21,94 @@ import torch
 from common import UserError, run_command
 from evaluate import evaluate
 
-ARMS = {
-    "yoso": [],
-    "no consistency": ["--lambda-con", "0"],
-    "LPIPS": ["--distance", "lpips"],
-    "D_adv(p_d || p_t)": ["--adversary", "data"],
-    "UFOGen": ["--adversary", "ufogen"],
+# What an arm changes. SwiftBrush's arms also say whether the seed's arms share a folder, so that merges find their students, and
+# which pipeline below it is measured; the teacher's arm trains nothing.
+YOSO = {
+    "yoso": ["--iterations", "{iterations}"],
+    "no consistency": ["--iterations", "{iterations}", "--lambda-con", "0"],
+    "LPIPS": ["--iterations", "{iterations}", "--distance", "lpips"],
+    "D_adv(p_d || p_t)": ["--iterations", "{iterations}", "--adversary", "data"],
+    "UFOGen": ["--iterations", "{iterations}", "--adversary", "ufogen"],
 }
-COLUMNS = {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
-           "recall": "recall",
-           "L_D": "L_D, last half", "minutes": "minutes"}
+BUDGET = ["--iterations", "{iterations}", "--iterations-b", "{iterations}"]
+SWIFTBRUSH = {
+    "teacher, 25 steps": (None, None, None),
+    "v1: epsilon student": ([*BUDGET, "--stage", "a", "--prediction", "epsilon"], "v1", "a/pipeline"),
+    "A": ([*BUDGET, "--stage", "a"], "shared", "a/pipeline"),
+    "B without CLIP": ([*BUDGET, "--stage", "b", "--clip-weight", "0"], "b-without", "b/pipeline"),
+    "B, naive CLIP": ([*BUDGET, "--stage", "b", "--tau", "1", "--no-clip-decay"], "b-naive", "b/pipeline"),
+    "B, clamped": ([*BUDGET, "--stage", "b", "--no-clip-decay"], "b-clamped", "b/pipeline"),
+    "B, clamped and scheduled": ([*BUDGET, "--stage", "b"], "shared", "b/pipeline"),
+    **{f"merged, lambda {x}": ([*BUDGET, "--stage", "merge", "--merge-lambda", x], "shared", "pipeline") for x in ("0.25", "0.5", "0.75")},
+    "merged, lambda 0.5, regularised": ([*BUDGET, "--regularise", "pairs"], "regularised", "pipeline"),
+}
+ARMS = {"yoso": YOSO, "swiftbrush_v2": SWIFTBRUSH}
+COLUMNS = {
+    "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
+             "recall": "recall", "L_D": "L_D, last half", "minutes": "minutes"},
+    "swiftbrush_v2": {"frechet": "Fréchet distance", "kid": "KID", "clip_score": "CLIP score", "precision": "precision", "recall": "recall",
+                      "right": "all attributes right", "minutes": "minutes"},
+}
+MODEL, CLIP, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", 2.0
 
 
-def run_row(arm, seed, iterations, out, num):
+def run_row(method, arm, seed, iterations, out, num):
     """Trains and measures one arm with one seed, unless its row exists; returns the row."""
-    name = f"{arm.split('(')[0].strip().lower().replace(' ', '-')}-seed{seed}"
+    name = f"{arm.split('(')[0].strip().lower().replace(',', '').replace(':', '').replace(' ', '-')}-seed{seed}"
     path = out / f"{name}.json"
-    flags = [*ARMS[arm], "--seed", str(seed), "--iterations", str(iterations)]
+    arguments, folder, pipeline = (ARMS[method][arm], name, None) if method == "yoso" else ARMS[method][arm]
+    flags = [*(a.format(iterations=iterations) for a in arguments or ()), "--seed", str(seed)]
     if path.exists():
         row = json.loads(path.read_text())
         if (row["flags"], row["num"]) != (flags, num):
             raise UserError(f"{path}: measured with {' '.join(row['flags'])} and {row['num']} samples; choose another --out")
         return row
-    script = Path(__file__).parent.parent / "yoso.py"
-    with open(out / f"{name}.log", "a") as log:
-        code = subprocess.run([sys.executable, script, *flags, "--out", out / name], stdout=log, stderr=log).returncode
-    row = dict(arm=arm, seed=seed, iterations=iterations, flags=flags)
-    if code:
-        reason = (out / f"{name}.log").read_text().strip().splitlines()[-1]
-        print(f"{name}: not run: {reason}", file=sys.stderr)
-        return row | dict(failed=reason)
-    metrics = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-    half = [m["L_D"] for m in metrics if m["iteration"] > iterations / 2]
-    batch = json.loads((out / name / "config.json").read_text())["batch_size"]
-    gaps = zip([0, *(m["iteration"] for m in metrics)], metrics)
-    seconds = sum((m["iteration"] - before) * batch / m["images_per_second"] for before, m in gaps)
-    row |= dict(minutes=round(seconds / 60, 2), L_D=sum(half) / len(half), **evaluate(run=out / name, num=num, seed=seed))
+    row = dict(method=method, arm=arm, seed=seed, iterations=iterations, flags=flags)
+    run = out / (folder if method == "yoso" else f"{folder}-seed{seed}")
+    if arguments is not None:
+        with open(out / f"{name}.log", "a") as log:
+            script = Path(__file__).parent.parent / f"{method}.py"
+            code = subprocess.run([sys.executable, script, *flags, "--out", run], stdout=log, stderr=log).returncode
+        if code:
+            reason = (out / f"{name}.log").read_text().strip().splitlines()[-1]
+            print(f"{name}: not run: {reason}", file=sys.stderr)
+            return row | dict(failed=reason)
+        row["minutes"] = round(sum(minutes_of(log) for log in logs_of(run, pipeline)), 2)
+    if method == "yoso":
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        half = [m["L_D"] for m in metrics if m["iteration"] > iterations / 2]
+        row |= dict(L_D=sum(half) / len(half), **evaluate(run=run, num=num, seed=seed))
+    else:
+        measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP)
+        one_step = dict(model=run / pipeline, steps=1) if pipeline else dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
+        row |= evaluate(**one_step, **measured)
     path.write_text(json.dumps(row, indent=1, default=str) + "\n")
     return row
 
 
-def table(rows):
+def logs_of(run, pipeline):
+    """The metrics of what was trained for a pipeline: of YOSO's run itself, of one stage, or of all stages of a merge."""
+    stage = Path(pipeline or "").parts[:1]
+    return [log for log in run.rglob("metrics.jsonl") if not pipeline or stage == ("pipeline",) or log.parent.name in (stage[0], "start")]
+
+
+def minutes_of(log):
+    """How long a run trained, by its images/s."""
+    metrics = [json.loads(line) for line in log.read_text().splitlines()]
+    batch = json.loads((log.parent / "config.json").read_text())["batch_size"]
+    gaps = zip([0, *(m["iteration"] for m in metrics)], metrics)
+    return sum((m["iteration"] - before) * batch / m["images_per_second"] for before, m in gaps) / 60
+
+
+def table(method, rows):
     """A Markdown table: mean and standard deviation over the seeds of each arm."""
-    lines = ["| arm | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for arm in ARMS:
+    columns = COLUMNS[method]
+    lines = ["| arm | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
+    for arm in ARMS[method]:
         mine = [r for r in rows if r["arm"] == arm and "failed" not in r]
         cells = []
-        for key in COLUMNS:
-            values = torch.tensor([float(r[key]) for r in mine])
+        for key in columns:
+            values = torch.tensor([float(r[key]) for r in mine if key in r])
             spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3g}{spread}" if len(values) else "not run")
         lines.append("| " + arm.replace("|", "\\|") + f" | {len(mine)} | " + " | ".join(cells) + " |")
@@ -77,22 +118,28 @@ def table(rows):
 def main(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("method", choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--iterations", type=int, default=3000, help="of every run: an equal budget")
+    parser.add_argument("--arms", nargs="+", help="default: all of the method's")
+    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500 for yoso, else 400")
     parser.add_argument("--num", type=int, default=2000, help="samples measured")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the CPU cores")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the CPU cores")
+    parser.add_argument("--out", type=Path, help="default: runs/ablate/METHOD")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    arms, out = args.arms or list(ARMS[args.method]), args.out or Path("runs/ablate") / args.method
+    unknown = set(arms) - set(ARMS[args.method])
+    if unknown:
+        raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS[args.method])}")
+    iterations = args.iterations or (2500 if args.method == "yoso" else 400)
+    out.mkdir(parents=True, exist_ok=True)
     if not args.table:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
-            list(pool.map(lambda job: run_row(*job, args.iterations, args.out, args.num), jobs))
-    print(table([json.loads(p.read_text()) for p in sorted(args.out.glob("*.json"))]))
+            # The arms of a seed run in their order: a merge needs its students.
+            list(pool.map(lambda seed: [run_row(args.method, arm, seed, iterations, out, args.num) for arm in arms], args.seeds))
+    print(table(args.method, [json.loads(p.read_text()) for p in sorted(out.glob("*.json"))]))
 
 
 if __name__ == "__main__":

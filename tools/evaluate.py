@@ -40,7 +40,7 @@ from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, Sh
 CLEAN, SHARP = 0.2, 0.1
 REFERENCE_SEED = 10_000  # the reference drawings: a seed that no run uses by default
 PROMPT_SEED = 30_000  # the drawings whose captions a text-to-image model is asked for
-CHUNK = 250
+CHUNK = 250  # pictures of 32 x 32 at once; fewer of larger ones
 
 
 def read_shapes(images):
@@ -233,8 +233,9 @@ def run_chunks(run, num, nfe, seed, device):
 
 
 @torch.no_grad()
-def model_chunks(denoiser, codec, prompts, steps, guidance, seed, device, chunk=CHUNK):
+def model_chunks(denoiser, codec, prompts, steps, guidance, seed, device):
     """A pipeline's pictures for the prompts: DDIM with `steps` steps."""
+    chunk = max(1, min(CHUNK, CHUNK * 32**2 // codec.picture_size**2))
     for first in range(0, len(prompts), chunk):
         captions = prompts[first:first + chunk]
         draw = Draws(seed, first, len(captions), slice(None), "cpu")  # drawn on the CPU: the same pictures on any device
@@ -273,6 +274,8 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
     device, wanted = choose_device(device), None
     embed = load_features(features, device)
     scorers = {name: load_scorer(path, device) for name, path in (("clip", clip), ("reward", reward)) if path}
+    if run and not (Path(run) / "checkpoint").exists() and (Path(run) / "pipeline").exists():
+        run, model, steps = None, Path(run) / "pipeline", nfe  # a finished run of the distillation scripts
     if run:
         dataset = dataset or yoso.load_generator(run)[2].dataset
         chunks, source = run_chunks(run, num, nfe, seed, device), dict(run=str(run), nfe=nfe, seed=seed)
@@ -281,7 +284,10 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
         denoiser, codec = load(model, device, lora)
         if guidance != 1 and not codec.guided:
             raise UserError(f"--guidance {guidance}: {model} has no condition; use --guidance 1")
-        size, dataset = codec.picture_size, dataset or "shapes"
+        size = codec.picture_size
+        if not dataset and size > 64:
+            raise UserError(f"--model {model}: draws {size} x {size} pixels; give --dataset FOLDER of real pictures to compare with")
+        dataset = dataset or "shapes"
         if prompts:
             texts = load_prompts(prompts)
             codec.warn_of_long(texts)
@@ -310,7 +316,7 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
     generated, scores, read = measure(chunks, num, embed, scorers, dataset == "shapes", save, "generated")
     real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None, "reference")
     protocol = f"shapes, seed {REFERENCE_SEED}" if dataset == "shapes" else "first pictures in the order of seed 0"
-    report = dict(**source, dataset=str(dataset), num=num, reference_num=reference_num, reference=protocol,
+    report = dict(**source, dataset=str(dataset), size=size, num=num, reference_num=reference_num, reference=protocol,
                   features=str(features), torch_fidelity=torch_fidelity.__version__, **distances(generated, real))
     report |= {f"{name}_score": score for name, score in scores.items()}
     return report | (report_of(read, wanted) if read else {})
@@ -319,7 +325,7 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
 def main(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--run", help="a run of yoso.py: its samples are measured")
+    parser.add_argument("--run", help="a run: its samples with --nfe network calls are measured")
     parser.add_argument("--model", help="a pipeline (directory or hub id): its pictures are measured")
     parser.add_argument("--images", help="a folder of pictures to measure")
     parser.add_argument("--dataset", help="the reference: shapes, cifar10 or a folder (default: the run's own, or shapes)")
@@ -341,10 +347,12 @@ def main(argv):
     path = args.pop("json")
     if sum(bool(args[k]) for k in ("run", "model", "images")) != 1 or (args["images"] and not args["dataset"]):
         raise UserError("give one of --run RUN, --model PIPELINE, or --images FOLDER with --dataset")
+    if path and not Path(path).parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {Path(path).parent}")
     text = json.dumps(evaluate(**args), indent=1)
+    print(text)
     if path:
         Path(path).write_text(text + "\n")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Every part's training is kept in --runs: Ctrl-C saves, the same command continue
 import copy
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,10 @@ class Part:
     device: str
     precision: str
     workers: int
+    dataset: str
+    image_size: int
+    channels: tuple
+    attention: bool
     resume: str = ""
     micro_batch: int = 0
     log_every: int = 50
@@ -126,7 +131,7 @@ def train(config, name, build, loss_of, dataset):
     iterations, batch_size, lr = PARTS.get(name, (config.iterations, config.batch_size, config.lr))
     iterations = max(1, round(iterations * config.scale))
     part = Part(str(Path(config.runs) / name), iterations, batch_size, lr, config.scale, config.seed, config.device,
-                config.precision, config.workers)
+                config.precision, config.workers, config.dataset, config.image_size, config.channels, config.attention)
     run = Run(part, free=FREE_FLAGS - {"iterations"})
     module = build().to(run.device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
@@ -154,7 +159,9 @@ def train(config, name, build, loss_of, dataset):
 
 
 def write(path, save):
-    """save(folder), complete or not at all; says how large it is."""
+    """save(folder), complete or not at all and by one process; says how large it is."""
+    if int(os.environ.get("RANK", 0)):
+        return
     write_folder(path, save)
     print(f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 2**20:.2f} MB")
 
