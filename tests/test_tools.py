@@ -105,9 +105,9 @@ def test_benchmark_accounts_for_the_step(tmp_path):
 
 def test_every_command_of_the_readme_has_existing_flags():
     """Flags in the README's commands exist in the script that the command names."""
-    readme = (common.Path(__file__).parent.parent / "README.md").read_text()
-    sources = {name: (common.Path(__file__).parent.parent / name).read_text() for name in ("yoso.py", "common.py", "tools/evaluate.py",
-               "tools/ablate.py", "tools/benchmark.py", "tools/plot.py", "tools/pretrain.py")}
+    root = common.Path(__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    sources = {str(path.relative_to(root)): path.read_text() for path in (*root.glob("*.py"), *(root / "tools").glob("*.py"))}
     commands = re.findall(r"(?:python|torchrun[^\n]*?) ((?:tools/)?\w+\.py)([^\n#]*)", readme)
     assert len(commands) >= 8
     for script, rest in commands:
