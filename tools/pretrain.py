@@ -28,7 +28,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import (BACKGROUNDS, COLOURS, EMA, FREE_FLAGS, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError,
-                    class_labels, flag, load_dataset, parse_config, run_command, write_folder)
+                    choose_device, class_labels, flag, load_dataset, parse_config, run_command, start_processes, write_folder)
 
 IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
 SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
@@ -377,6 +377,7 @@ def train_pixel_teacher(config):
 def main(argv):
     """The mini models, or a teacher for pictures."""
     config = parse_config(Config, PRESETS, argv, __doc__.splitlines()[0])
+    start_processes(choose_device(config.device))  # before CIFAR-10 is downloaded, by one of them
     if config.dataset == "shapes":
         train_mini_models(config)
     else:
