@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import common
-from common import BACKGROUNDS, COLOURS, SHAPES, SIZES, Folder, Shapes, UserError, load_dataset, sample_order
+from common import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes, UserError, load_dataset, sample_order
 from evaluate import read_shapes, shapes_report
 
 ATTRIBUTES = ("colour", "background", "shape", "scale")

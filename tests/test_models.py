@@ -1,12 +1,10 @@
 """Pretrained models: every backbone through load(), against diffusers; half UNets, LoRA, scorers."""
 
-import copy
 import json
 
 import pytest
 import torch
-from diffusers import (AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMScheduler, PixArtTransformer2DModel, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import DiffusionPipeline, LCMScheduler, PixArtTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -14,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import common
 import tiny
-from common import (Codec, Denoiser, HalfUNet, NoiseSchedule, UserError, add_lora, ddim_sample, enable_checkpointing, load, load_prompts, load_scorer,
+from common import (Denoiser, HalfUNet, NoiseSchedule, UserError, add_lora, ddim_sample, enable_checkpointing, load, load_prompts, load_scorer,
                     map_cond, use_lora)
 
 PROMPTS = ["a large red circle on white", "a small blue square on black"]
