@@ -576,6 +576,7 @@ def use_lora(net, name):
 def enable_checkpointing(net):
     """Gradient checkpointing whose recomputation in the backward pass uses the adapter of the forward pass."""
     def checkpoint(module, *args):
+        """What a block calls in place of module(*args)."""
         layers = getattr(net, "lora_layers", ())
         if not layers:  # torch.compile does not take a context_fn
             return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False)

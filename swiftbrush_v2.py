@@ -153,7 +153,7 @@ def preset_of(given):
 # Losses
 
 def vsd_gradient(eps_teacher, eps_lora_teacher, sigma_t):
-    """g, what the student's picture f is pushed along, Eq. 4 with omega(t) = sigma_t^2; [B, C, H, W].
+    """g, what the student's picture f is pushed along, Eq. 4 with w(t) = sigma_t^2; [B, C, H, W].
 
     The gradient of KL(student's noised pictures || teacher's) at f is alpha_t (s_lora - s_teacher), and a score is
     -eps / sigma_t: alpha_t / sigma_t (eps_teacher - eps_lora). The factor alpha_t / sigma_t goes into the weight.
@@ -321,6 +321,7 @@ def make_image_losses(config, decode, scorers):
     terms = [(name, scorer, *settings[name]) for name, scorer in scorers.items()]
 
     def image_losses(f, prompts, iteration):
+        """f [B, C, H, W] of the iteration and its B prompts -> {name: weighted loss}."""
         if not terms:
             return {}
         pictures, losses = decode(f), {}
@@ -354,7 +355,7 @@ def prepare_pairs(config, teacher, codec, prompts):
     noise by unguided DDIM backwards. Returns z, x0 [N, C, H, W] on the CPU and the list of prompts.
     """
     folder, rank, world = Path(config.out) / "pairs", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chunk = min(chunk_for(codec), config.regularise_num)
+    chunk = chunk_for(codec)
     names = ("model", "prompts", "dataset", "seed", "teacher_guidance", "regularise", "regularise_steps")
     made_with = {name: getattr(config, name) for name in names}
     note = folder / "made_with.json"
@@ -372,16 +373,17 @@ def prepare_pairs(config, teacher, codec, prompts):
     if world > 1:
         dist.barrier()
     dataset = load_dataset(config.dataset, codec.picture_size, config.seed) if config.regularise == "inversion" else None
-    files = [folder / f"{i:06d}.safetensors" for i in range(-(-config.regularise_num // chunk))]
+    parts = [range(i, min(i + chunk, config.regularise_num)) for i in range(0, config.regularise_num, chunk)]
+    files = [folder / f"{part.start:06d}-{part.stop:06d}.safetensors" for part in parts]
     for i in tqdm(range(rank, len(files), world), desc="pairs", disable=rank > 0):
         if files[i].exists():
             continue
-        draw = Draws(config.seed, 10**9 + i, chunk, slice(None), "cpu")
+        draw = Draws(config.seed, 10**9 + i, len(parts[i]), slice(None), "cpu")
         if dataset is None:
             y, z = [prompts[k] for k in draw.randint(0, len(prompts))], draw.randn(*codec.shape).to(codec.device)
-            x0 = ddim_sample(teacher, z, config.regularise_steps, codec.cond(y), codec.null(chunk), config.teacher_guidance)
+            x0 = ddim_sample(teacher, z, config.regularise_steps, codec.cond(y), codec.null(len(y)), config.teacher_guidance)
         else:
-            samples = [dataset[k] for k in sample_order(dataset, config.seed, range(i * chunk, (i + 1) * chunk))]
+            samples = [dataset[k] for k in sample_order(dataset, config.seed, parts[i])]
             y = [s["caption"] for s in samples]
             x0 = codec.encode(torch.stack([s["image"] for s in samples]).to(codec.device).float() / 127.5 - 1)
             z = ddim_invert(teacher, x0, config.regularise_steps, codec.cond(y))
@@ -392,6 +394,8 @@ def prepare_pairs(config, teacher, codec, prompts):
         dist.barrier()
     z, x0, y = [], [], []
     for file in files:
+        if not file.exists():
+            raise UserError(f"--out {config.out}: the other processes' pairs are not there; choose a folder that all processes share")
         with safe_open(file, "pt") as f:
             z, x0, y = [*z, f.get_tensor("z")], [*x0, f.get_tensor("x0")], y + json.loads(f.metadata()["prompts"])
     return torch.cat(z), torch.cat(x0), y
@@ -402,6 +406,7 @@ def make_pair_loss(config, codec, decode, distance, pairs):
     z, x0, y = pairs
 
     def pair_loss(student, run, iteration):
+        """Adds the gradient of this process's share of a batch of pairs; returns the loss, 0 where it is not due."""
         if iteration % config.regularise_every:
             return dict(L_pairs=torch.zeros((), device=codec.device))
         chosen, scalars = run.draws(3 * iteration + 2).randint(0, len(y)).cpu(), []

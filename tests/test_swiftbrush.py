@@ -368,7 +368,7 @@ def test_image_regularisation(models, tmp_path):
     run(flags(models, tmp_path / "out", *more))
     rows = [json.loads(line) for line in (tmp_path / "out" / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [row["L_pairs"] > 0 for row in rows] == [True, False, True, False]
-    file = tmp_path / "out" / "pairs" / "000000.safetensors"
+    file = tmp_path / "out" / "pairs" / "000000-000006.safetensors"
     made = file.stat().st_mtime_ns
     assert len(load_file(file)["z"]) == 6
     run(flags(models, tmp_path / "out", *more))
@@ -378,13 +378,18 @@ def test_image_regularisation(models, tmp_path):
     run(flags(models, tmp_path / "out2", *more, "--regularise", "inversion"))
 
 
-def test_pairs_are_the_teachers_and_inversion_leads_back(models, tmp_path):
+def test_pairs_are_the_teachers_and_more_of_them_keep_the_first(models, tmp_path, monkeypatch):
     config = common.parse_config(sb.Config, sb.PRESETS, [str(f) for f in flags(
         models, tmp_path, "--regularise", "pairs", "--regularise-num", 4, "--regularise-steps", 3, "--teacher-guidance", 4.5)], "")
     teacher, codec = load(models / "sd")
     z, x0, y = sb.prepare_pairs(config, teacher, codec, ["a red circle", "a blue square"])
     again = common.ddim_sample(teacher, z[:4], 3, codec.cond(y[:4]), codec.null(4), 4.5)
     torch.testing.assert_close(again, x0[:4], atol=1e-3, rtol=1e-3)
+    monkeypatch.setattr(sb, "chunk_for", lambda codec: 4)
+    config.regularise_num = 7
+    more_z, more_x0, more_y = sb.prepare_pairs(config, teacher, codec, ["a red circle", "a blue square"])
+    assert len(more_z) == len(more_x0) == len(more_y) == 7 and more_y[:4] == y
+    torch.testing.assert_close(more_z[:4], z, atol=0, rtol=0)
 
 
 def test_ddim_inversion_leads_back():

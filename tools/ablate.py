@@ -46,10 +46,11 @@ ARMS = {"yoso": YOSO, "swiftbrush_v2": SWIFTBRUSH}
 COLUMNS = {
     "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
              "recall": "recall", "L_D": "L_D, last half", "minutes": "minutes"},
-    "swiftbrush_v2": {"frechet": "Fréchet distance", "kid": "KID", "clip_score": "CLIP score", "precision": "precision", "recall": "recall",
-                      "right": "all attributes right", "minutes": "minutes"},
+    "swiftbrush_v2": {"frechet": "distance", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
+                      "judge_frechet": "judge's distance", "judge_precision": "its precision", "judge_recall": "its recall",
+                      "judge_score": "its score", "right": "all attributes right", "minutes": "minutes"},
 }
-MODEL, CLIP, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", 2.0
+MODEL, CLIP, JUDGE, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", "assets/mini-judge", 2.0
 
 
 def run_row(method, arm, seed, iterations, out, num):
@@ -79,7 +80,7 @@ def run_row(method, arm, seed, iterations, out, num):
         half = [m["L_D"] for m in metrics if m["iteration"] > iterations / 2]
         row |= dict(L_D=sum(half) / len(half), **evaluate(run=run, num=num, seed=seed))
     else:
-        measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP)
+        measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE)
         one_step = dict(model=run / pipeline, steps=1) if pipeline else dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
         row |= evaluate(**one_step, **measured)
     path.write_text(json.dumps(row, indent=1, default=str) + "\n")

@@ -1,25 +1,35 @@
 """Where the time of a training step goes: each network pass timed alone, against the whole step, in one process.
 
-    python tools/benchmark.py --preset shapes
-    python tools/benchmark.py --preset cifar10 --batch-size 16 --repeats 3 --json cifar10.json
+    python tools/benchmark.py yoso --preset shapes
+    python tools/benchmark.py yoso --preset cifar10 --batch-size 16 --repeats 3 --json cifar10.json
+    python tools/benchmark.py swiftbrush_v2 --stage a            also with the LoRA teacher as a copy of the frozen network
 
 Absolute times depend on the machine and wander; the ratios hold. Medians over --repeats after two warm-up rounds, the
-parts taken in turn so that a slow moment hits all of them.
+parts taken in turn so that a slow moment hits all of them. Memory: what three steps add to a fresh process at their peak, each
+variant in a process of its own.
 """
 
 import argparse
+import copy
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import swiftbrush_v2
 import yoso
-from common import NoiseSchedule, Run, parse_config, run_command
+from common import (EMA, Denoiser, NoiseSchedule, Run, UserError, Weights, add_lora, enable_checkpointing, load, load_decoder,
+                    load_scorer, parse_config, run_command)
+
+SEPARATE = "step with a separate LoRA teacher"
 
 
 def synchronise(device):
@@ -97,24 +107,128 @@ def yoso_parts(config, folder):
     return parts, dict(generator=generator, discriminator=discriminator), device
 
 
+def swiftbrush_parts(config, folder, separate=False):
+    """The passes of one SwiftBrush v2 iteration of stage a or b, each alone, and the iteration itself; as yoso_parts.
+
+    separate: the LoRA teacher is not an adapter on the frozen teacher but on a copy of it.
+    """
+    sb, stage = swiftbrush_v2, "b" if config.stage == "b" else "a"
+    run = Run(sb.Config(**{**vars(config), "out": str(folder)}))
+    device, B, rate = run.device, config.batch_size, 1e-6
+    teacher, codec = load(config.model, device)
+    base = copy.deepcopy(teacher.net) if separate else teacher.net
+    if stage == "a":
+        net = sb.dense_copy(teacher.net, teacher.net.state_dict(), device).requires_grad_(True)
+        student, parameters = Denoiser(net, teacher.schedule, teacher.prediction_type), Weights(net.named_parameters())
+    else:
+        student = Denoiser(teacher.net, teacher.schedule, teacher.prediction_type, "student")
+        parameters = add_lora(teacher.net, "student", config.rank_b, config.alpha_b)
+    lora_teacher = Denoiser(base, teacher.schedule, teacher.prediction_type, "lora_teacher")
+    parameters_lora = add_lora(base, "lora_teacher", config.rank, config.alpha, config.lora_targets)
+    networks = dict(student=student.net, teacher=teacher.net, lora_teacher=base)
+    if config.gradient_checkpointing:
+        for network in set(networks.values()):
+            enable_checkpointing(network)
+    optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
+    optimizer_lora = torch.optim.AdamW(parameters_lora.values(), rate, fused=True)
+    ema = EMA(parameters.items(), config.ema)
+    prompts = (sb.prompts_of(config, codec) * B)[:B]
+    cond, null = codec.cond(prompts), codec.null(B)
+    image_losses = lambda f, prompts, iteration: {}
+    if stage == "b" and config.clip_weight:
+        scorers = dict(clip=load_scorer(config.clip, device))
+        image_losses = sb.make_image_losses(config, load_decoder(config.decoder, codec), scorers)
+    x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
+
+    def student_train():
+        with run.autocast():
+            f = sb.one_step(student, x, cond)
+        f.mean().backward()
+
+    def guided(denoiser, scale):
+        with torch.no_grad(), run.autocast():
+            denoiser.predict(x, t, "epsilon", cond, null, scale)
+
+    def lora_teacher_train():
+        with run.autocast():
+            prediction = lora_teacher.predict(x, t, "epsilon", cond)
+        prediction.mean().backward()
+
+    def losses_on_pictures():
+        f = x.clone().requires_grad_()
+        with run.autocast():
+            losses = image_losses(f, prompts, 0)
+        sum(losses.values()).backward()
+
+    def step():
+        condition = codec.cond(prompts)
+        x0, _ = sb.student_step(0, prompts, condition, null, run, config, codec.shape, student, teacher, lora_teacher, image_losses,
+                                None, parameters, optimizer)
+        sb.lora_teacher_step(0, x0, condition, null, run, config, lora_teacher, parameters_lora, optimizer_lora)
+        ema.update()
+
+    scale = config.guidance[-1]
+    parts = {"text encoder": lambda: codec.cond(prompts), "student, forward + backward": student_train,
+             "teacher, guided forward": lambda: guided(teacher, scale),
+             "LoRA teacher, guided forward": lambda: guided(lora_teacher, scale if config.guide_lora_teacher else 1.0),
+             "LoRA teacher, forward + backward": lora_teacher_train,
+             "optimisers, EMA": lambda: (optimizer.step(), optimizer_lora.step(), ema.update()), "step": step}
+    if image_losses(x[:1], prompts[:1], 0):
+        parts["decoder and CLIP, forward + input backward"] = losses_on_pictures
+    return parts, networks, device
+
+
+def peak_of_steps(parts_of, *arguments):
+    """Bytes that building the networks and three steps add to this process at their peak."""
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    parts, _, device = parts_of(*arguments)
+    for _ in range(3):
+        parts["step"]()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
+
+
+def in_fresh_process(function, *arguments):
+    """The function's result, from a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+METHODS = dict(yoso=(yoso, yoso_parts), swiftbrush_v2=(swiftbrush_v2, swiftbrush_parts))
+
+
 def main(argv):
-    """The command line: this tool's flags, then any flag of yoso.py."""
+    """The command line: the method, this tool's flags, then any flag of the method's script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("method", choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds")
     parser.add_argument("--json", help="write the report to this file too")
     args, rest = parser.parse_known_args(argv)
-    config = parse_config(yoso.Config, yoso.PRESETS, rest, "")
+    script, parts_of = METHODS[args.method]
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: must be at least 1")
+    config = parse_config(script.Config, script.PRESETS, rest, "", *([script.preset_of] if args.method != "yoso" else []))
     with tempfile.TemporaryDirectory() as folder:
-        parts, networks, device = yoso_parts(config, folder + "/run")
+        peak = {"step": in_fresh_process(peak_of_steps, parts_of, config, f"{folder}/peak")}
+        parts, networks, device = parts_of(config, f"{folder}/run")
+        variants = ["step with R1"] if "step with R1" in parts else []
+        if args.method == "swiftbrush_v2":
+            parts[SEPARATE] = parts_of(config, f"{folder}/separate", True)[0]["step"]
+            peak[SEPARATE] = in_fresh_process(peak_of_steps, parts_of, config, f"{folder}/peak2", True)
+            variants = [SEPARATE]
         times = time_parts(parts, args.repeats, device)
-    step, with_r1 = times.pop("step"), times.pop("step with R1", None)
-    report = dict(preset=config.preset, batch_size=config.batch_size, device=str(device), threads=torch.get_num_threads(),
-                  precision=config.precision,
+    step, variant_times = times.pop("step"), {name: times.pop(name) for name in variants}
+    report = dict(method=args.method, preset=config.preset, batch_size=config.batch_size, device=str(device),
+                  threads=torch.get_num_threads(), precision=config.precision,
                   parameters={k: sum(p.numel() for p in n.parameters()) for k, n in networks.items()},
                   step_ms=1e3 * step, images_per_second=config.batch_size / step,
-                  share={k: v / step for k, v in times.items()}, overhead=1 - sum(times.values()) / step)
-    if with_r1:
-        report["r1_share"] = (with_r1 - step) / config.r1_every / step
+                  share={k: v / step for k, v in times.items()}, overhead=1 - sum(times.values()) / step,
+                  peak_MB={k: v / 2**20 for k, v in peak.items()})
+    if "step with R1" in variant_times:
+        report["r1_share"] = (variant_times["step with R1"] - step) / config.r1_every / step
+    if SEPARATE in variant_times:
+        report["separate_step_ratio"] = variant_times[SEPARATE] / step
     text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}, indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
@@ -122,8 +236,10 @@ def main(argv):
     for name, seconds in times.items():
         print(f"| {name} | {seconds / step:.1%} |")
     print(f"| everything else | {report['overhead']:.1%} |")
-    if with_r1:
+    if "r1_share" in report:
         print(f"| (R1, a step in {config.r1_every}, on average) | +{report['r1_share']:.1%} |")
+    for name, size in peak.items():
+        print(f"| {name}: peak memory {size / 2**20:.0f} MB | {variant_times.get(name, step) / step:.1%} |")
 
 
 if __name__ == "__main__":

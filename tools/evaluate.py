@@ -245,11 +245,15 @@ def model_chunks(denoiser, codec, prompts, steps, guidance, seed, device):
 
 
 def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
-    """Goes once over chunks of pictures: (features [N, D], {scorer's name: mean score}, what read_shapes read or None)."""
-    features, scores, read, count = [], {name: 0.0 for name in scorers}, [], 0
+    """Goes once over chunks of pictures; embed: {name: function of uint8 pictures}, scorers: {name: Scorer}.
+
+    Returns ({name: features [N, D]}, {scorer's name: mean score}, what read_shapes read or None).
+    """
+    features, scores, read, count = {name: [] for name in embed}, {name: 0.0 for name in scorers}, [], 0
     with tqdm(total=num, desc=title, disable=not sys.stderr.isatty()) as bar:
         for images, captions in chunks:
-            features.append(embed(images))
+            for name, function in embed.items():
+                features[name].append(function(images))
             for name, scorer in scorers.items():
                 device = scorer.device
                 with torch.no_grad():
@@ -263,17 +267,18 @@ def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
                         file.write(json.dumps(dict(file_name=f"{i:06d}.png", text=caption)) + "\n")
             count += len(images)
             bar.update(len(images))
-    return torch.cat(features), scores, {k: torch.cat([r[k] for r in read]) for k in read[0]} if read else None
+    features = {name: torch.cat(chunks) for name, chunks in features.items()}
+    return features, scores, {k: torch.cat([r[k] for r in read]) for k in read[0]} if read else None
 
 
 def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=1, steps=25, guidance=1.0,
-             seed=0, size=32, features="random-conv", clip=None, reward=None, save=None, device="auto"):
+             seed=0, size=32, features="random-conv", clip=None, reward=None, judge=None, save=None, device="auto"):
     """The report, as a dict; the arguments are the command's flags."""
     if num < 5:
         raise UserError(f"--num {num}: a distance needs at least 5 pictures")
     device, wanted = choose_device(device), None
-    embed = load_features(features, device)
-    scorers = {name: load_scorer(path, device) for name, path in (("clip", clip), ("reward", reward)) if path}
+    embed = {prefix: load_features(name, device) for prefix, name in (("", features), ("judge_", judge)) if name}
+    scorers = {name: load_scorer(path, device) for name, path in (("clip", clip), ("reward", reward), ("judge", judge)) if path}
     if run and not (Path(run) / "checkpoint").exists() and (Path(run) / "pipeline").exists():
         run, model, steps = None, Path(run) / "pipeline", nfe  # a finished run of the distillation scripts
     if run:
@@ -317,7 +322,9 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
     real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None, "reference")
     protocol = f"shapes, seed {REFERENCE_SEED}" if dataset == "shapes" else "first pictures in the order of seed 0"
     report = dict(**source, dataset=str(dataset), size=size, num=num, reference_num=reference_num, reference=protocol,
-                  features=str(features), torch_fidelity=torch_fidelity.__version__, **distances(generated, real))
+                  features=str(features), torch_fidelity=torch_fidelity.__version__)
+    for prefix in embed:
+        report |= {prefix + name: value for name, value in distances(generated[prefix], real[prefix]).items()}
     report |= {f"{name}_score": score for name, score in scores.items()}
     return report | (report_of(read, wanted) if read else {})
 
@@ -340,6 +347,7 @@ def main(argv):
     parser.add_argument("--features", default="random-conv", help="random-conv, inception, or a CLIPModel's directory or hub id")
     parser.add_argument("--clip", help="also the mean CLIP score (cosine) of this CLIPModel: clip, directory or hub id")
     parser.add_argument("--reward", help="also the mean score of this reward: pickscore, hps, directory or hub id")
+    parser.add_argument("--judge", help="a CLIPModel that the model did not optimise: distances in its features too, and its score")
     parser.add_argument("--save", help="a new folder to which the pictures and their captions are written")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", help="write the report to this file too")

@@ -5,6 +5,7 @@
 
 The mini models are ordinary diffusers and transformers directories, float16 safetensors, 32 x 32 pictures:
   mini-clip       CLIPModel + processor: pictures against captions
+  mini-judge      the same from another seed, which no method optimises: it only measures
   mini-pickscore  mini-clip fine-tuned on preference pairs as PickScore was: which of two pictures for a prompt is better
   mini-sd         StableDiffusionPipeline: UNet over 8 x 8 x 4 latents, AutoencoderKL, mini-clip's text tower, SD's schedule
   mini-taesd      AutoencoderTiny, a cheap decoder for mini-sd's latents
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ PARTS = {
     "vae": (3000, 32, 2e-3),
     "taesd": (2000, 32, 2e-3),
     "clip": (2500, 128, 1e-3),
+    "judge": (2500, 128, 1e-3),
     "pickscore": (1500, 128, 3e-4),
     "unet": (9000, 64, 1e-3),
 }
@@ -237,7 +239,7 @@ def better_first(shapes, first, draw, device, other_share=0.25):
 
 
 def train_mini_models(config):
-    """All four, in the order in which they need each other; then the held-out measures."""
+    """All five, in the order in which they need each other; then the held-out measures."""
     shapes, out, tokenizer = Shapes(IMAGE, config.seed), Path(config.out), build_tokenizer()
 
     def loss_of_vae(vae, x0, captions, draw, first):
@@ -266,6 +268,10 @@ def train_mini_models(config):
         return contrastive_loss(output.logits_per_image, captions), {}
 
     clip = train(config, "clip", lambda: build_clip(tokenizer), loss_of_clip, shapes)
+
+    # What a loss optimises cannot also measure it: the same model from other weights and other drawings, for evaluation alone.
+    judge = train(replace(config, seed=config.seed + 1), "judge", lambda: build_clip(tokenizer), loss_of_clip,
+                  Shapes(IMAGE, config.seed + 1))
 
     def loss_of_pickscore(pickscore, x0, captions, draw, first):
         better, worse, prompts = better_first(shapes, first, draw, device)
@@ -297,7 +303,7 @@ def train_mini_models(config):
     print(json.dumps(measures))
     pictures = CLIPImageProcessor(size=dict(shortest_edge=IMAGE), crop_size=IMAGE, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor = CLIPProcessor(pictures, tokenizer)
-    for name, model in (("mini-clip", clip), ("mini-pickscore", pickscore)):
+    for name, model in (("mini-clip", clip), ("mini-judge", judge), ("mini-pickscore", pickscore)):
         write(out / name, lambda path: (model.half().save_pretrained(path), processor.save_pretrained(path)))
     write(out / "mini-taesd", taesd.half().save_pretrained)
     # Diffusers loads its own float16 files as float32, transformers does not: the text tower's rounded values stay float32.
