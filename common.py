@@ -3,7 +3,7 @@
 One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2).
 x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients come as [B, 1, 1, 1].
 
-Sections: command line, noise schedule, denoiser, pretrained models, LoRA, scorers, EMA, data, distances, run.
+Sections: command line, noise schedule, denoiser, pretrained models, LoRA, scorers, EMA, data, distances, run, one-step students.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -133,6 +134,10 @@ class NoiseSchedule:
         alpha = self.alpha.double()
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         return NoiseSchedule(alpha**2).to(self.alpha.device)
+
+    def up_to(self, timestep):
+        """The schedule's timesteps 0..timestep: a one-step student starts at the last one."""
+        return NoiseSchedule(self.alpha[:timestep + 1].double()**2).to(self.alpha.device)
 
     def snr(self, t):
         """SNR(t) = alpha_t^2 / sigma_t^2, [B]; infinite at a level without noise."""
@@ -409,14 +414,19 @@ def write_folder(path, save):
     temporary.rename(path)
 
 
-def export_one_step(codec, net, prediction_type, path):
+def export_one_step(codec, net, prediction_type, path, length=0):
     """The pipeline with `net` as its network, for num_inference_steps=1 (2, 4) and guidance_scale=1 in diffusers alone.
 
     Its LCMScheduler predicts x0, then adds fresh noise at the next lower level: the spacing of 4 steps is 999 749 499 249.
+    length: the timesteps of the student's own schedule, where it starts below the model's last; then for one step only.
     """
     from diffusers import DDPMPipeline, LCMScheduler
     betas = {k: v for k, v in codec.pipe.scheduler.config.items() if k in BETA_NAMES}
-    scheduler = LCMScheduler(**betas, prediction_type=prediction_type, original_inference_steps=4, clip_sample=False,
+    steps = 4
+    if 0 < length < len(codec.pipe.scheduler.alphas_cumprod):
+        # Cut off above the start, the schedule's last timestep is where every tool begins.
+        steps, betas = 1, dict(num_train_timesteps=length, trained_betas=codec.pipe.scheduler.betas[:length].tolist())
+    scheduler = LCMScheduler(**betas, prediction_type=prediction_type, original_inference_steps=steps, clip_sample=False,
                              steps_offset=1)
     if codec.vae is None:
         pipe = DDPMPipeline(net, scheduler)
@@ -1266,3 +1276,150 @@ def read_checkpoint(path):
         raise UserError(f"{path}: cannot be read ({error})")
     except Exception as error:
         raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start this run anew")
+
+
+# One-step students
+
+def last_timestep(student, n, device):
+    """t = T - 1 for n samples."""
+    return torch.full((n,), len(student.schedule) - 1, device=device)
+
+
+def one_step(student, z, cond):
+    """f_theta(z, y): z [B, C, H, W] -> x0, without guidance."""
+    return student.predict(z, last_timestep(student, len(z), z.device), "sample", cond)
+
+
+@torch.no_grad()
+def draw_samples(student, codec, prompts, seed):
+    """One-step pictures in [-1, 1], [N, 3, H, W], on the CPU, the same for the same seed."""
+    images, chunk = [], chunk_for(codec)
+    for first in range(0, len(prompts), chunk):
+        y = prompts[first:first + chunk]
+        z = Draws(seed, first, len(y), slice(None), "cpu").randn(*codec.shape).to(codec.device)
+        images.append(codec.decode(one_step(student, z, codec.cond(y))).clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
+def dense_copy(net, state, device):
+    """A network of the same architecture with the weights `state`, in eval mode."""
+    new = type(net).from_config(net.config)
+    new.load_state_dict(state)
+    return new.to(device).eval()
+
+
+def starting_student(student, lora, model, teacher, codec):
+    """Where a one-step student starts, as a frozen Denoiser: the flags --student, with --lora, or the teacher itself (--model).
+
+    student: a diffusers pipeline, or a file of network weights for the teacher's architecture (.safetensors, or a checkpoint
+    that torch.load reads without unpickling code; local, or on the hub as OWNER/NAME/FILE). Its schedule may end at a lower
+    timestep than the teacher's. Raises UserError if it does not fit the teacher.
+    """
+    if not student and not lora:
+        return teacher
+    if student.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        if lora:
+            raise UserError("--lora: goes on a pipeline, not on a file of weights; give --student a directory")
+        return Denoiser(_network_of(student, teacher.net, codec.device), teacher.schedule, teacher.prediction_type)
+    start, start_codec = load(student or model, codec.device, lora)
+    if start_codec.shape != codec.shape:
+        raise UserError(f"--student {student}: works on x0 of shape {start_codec.shape}, --model {model} on {codec.shape}")
+    shapes = [{k: v.shape for k, v in d.net.state_dict().items()} for d in (start, teacher)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"--student {student}: another architecture than --model {model}; give two of the same")
+    n = len(start.schedule)
+    if n > len(teacher.schedule) or not torch.allclose(start.schedule.alpha, teacher.schedule.alpha[:n], atol=1e-6):
+        raise UserError(f"--student {student}: another noise schedule than --model {model}; give two of the same")
+    return start
+
+
+def _network_of(path, net, device):
+    try:
+        if not Path(path).exists() and path.count("/") >= 2 and not path.startswith((".", "/")):
+            from huggingface_hub import hf_hub_download
+            owner, name, file = path.split("/", 2)
+            path = hf_hub_download(f"{owner}/{name}", file)
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return dense_copy(net, state, device).requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(f"--student {path}: not weights of --model's network ({' '.join(str(error).split())[:300]})")
+
+
+def convert(run, codec, start, prediction, prompts):
+    """The start as a network that predicts `prediction`: a regression of its x0 at the last timestep onto its old one, clamped.
+
+    At that timestep an epsilon network's x0 carries 1 / alpha_T times its error (14.6 for SD), a v network's x0 is about -v.
+    Reads from the run's config: convert_lr, convert_clamp, clip_norm, gradient_checkpointing. Exports to OUT/pipeline.
+    """
+    config = run.config
+    net = dense_copy(start.net, start.net.state_dict(), codec.device).requires_grad_(True)
+    if config.gradient_checkpointing:
+        enable_checkpointing(net)
+    student = Denoiser(net, start.schedule, prediction)
+    optimizer = torch.optim.AdamW(net.parameters(), config.convert_lr, weight_decay=0.0, fused=True)
+    run.begin(dict(student=net, optimizer=optimizer))
+    for iteration, y in enumerate(run.prompts(prompts), run.start):
+        z, cond = run.draws(iteration).randn(*codec.shape), codec.cond(y)
+        optimizer.zero_grad()
+        scalars = []
+        for rows in run.micro_batches:
+            with run.autocast():
+                with torch.no_grad():
+                    target = one_step(start, z[rows], part_of(cond, rows)).clamp(-config.convert_clamp, config.convert_clamp)
+                loss = (one_step(student, z[rows], part_of(cond, rows)) - target).square().mean()
+            (loss / len(run.micro_batches)).backward()
+            scalars.append(dict(L_convert=loss))
+        run.average_gradients(net.parameters())
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
+        optimizer.step()
+        if run.finish_iteration(iteration, mean_of(scalars)):
+            break
+    run.end()
+    if run.rank == 0:
+        # A LoRA student's file belongs on top of this.
+        export_one_step(codec, net, prediction, run.out / "pipeline", len(start.schedule))
+    net.requires_grad_(False)
+    return student
+
+
+def load_teacher(model, dataset, device):
+    """--model as (Denoiser, Codec); where CIFAR-10's cannot be had, the error says how to train one."""
+    try:
+        return load(model, device)
+    except UserError as error:
+        if dataset == "cifar10":
+            raise UserError(f"{error}; or train one: python tools/pretrain.py --dataset cifar10 --out runs/teacher, "
+                            "then --model runs/teacher")
+        raise
+
+
+def prompts_of(config, codec):
+    """The prompts of the run: --prompts, the model's classes, or the captions of --dataset. Raises UserError if there is none."""
+    if config.prompts:
+        prompts = load_prompts(config.prompts)
+        if codec.classes:
+            class_labels(prompts, codec.classes)
+    elif not codec.guided:
+        return [""]
+    elif codec.classes:
+        return [f"a photo of a {name}" for name in codec.classes]
+    elif config.dataset == "shapes":
+        prompts = Shapes.all_captions()
+    else:
+        dataset = load_dataset(config.dataset, codec.picture_size, config.seed)
+        prompts = sorted({dataset[i]["caption"] for i in range(len(dataset))} - {""})
+        if not prompts:
+            raise UserError(f"--dataset {config.dataset}: its pictures have no captions; give --prompts FILE")
+    codec.warn_of_long(prompts)
+    return prompts
+
+
+def part_of(value, rows):
+    """The rows of a tensor, a list or a condition; a number stays what it is."""
+    if isinstance(value, dict):
+        return map_cond(lambda v: v[rows], value)
+    return value if isinstance(value, float) else value[rows]

@@ -43,10 +43,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, Run, Shapes, UserError, Weights, add_lora, choose_device,
-                    chunk_for, class_labels, ddim_sample, enable_checkpointing, export_one_step, flag, fold_lora, load, load_dataset,
-                    load_decoder, load_distance, load_prompts, load_scorer, map_cond, mean_of, parse_config, remove_lora,
-                    run_command, sample_order, save_grid, save_lora, start_processes)
+from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora, choose_device,
+                    chunk_for, convert, ddim_sample, dense_copy, draw_samples, enable_checkpointing, export_one_step, flag,
+                    fold_lora, load, load_dataset, load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of,
+                    one_step, parse_config, part_of, prompts_of, remove_lora, run_command, sample_order, save_grid, save_lora,
+                    start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -202,44 +203,6 @@ def slerp_tokens(a, b, u):
     return torch.maximum(a, b) if a.ndim > 1 else a if u < 0.5 else b
 
 
-# Networks
-
-def last_timestep(student, n, device):
-    """t = T - 1 for n samples."""
-    return torch.full((n,), len(student.schedule) - 1, device=device)
-
-
-def one_step(student, z, cond):
-    """f_theta(z, y): z [B, C, H, W] -> x0, without guidance."""
-    return student.predict(z, last_timestep(student, len(z), z.device), "sample", cond)
-
-
-def starting_student(config, teacher, codec):
-    """The students' common start W0 as a frozen Denoiser: --student's model, with --lora, or the teacher itself.
-
-    Raises UserError if the model does not fit the teacher.
-    """
-    if not config.student and not config.lora:
-        return teacher
-    student, student_codec = load(config.student or config.model, codec.device, config.lora)
-    if student_codec.shape != codec.shape:
-        raise UserError(f"--student {config.student}: works on x0 of shape {student_codec.shape}, "
-                        f"--model {config.model} on {codec.shape}")
-    shapes = [{k: v.shape for k, v in d.net.state_dict().items()} for d in (student, teacher)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"--student {config.student}: another architecture than --model {config.model}; give two of the same")
-    if not torch.allclose(student.schedule.alpha, teacher.schedule.alpha, atol=1e-6):
-        raise UserError(f"--student {config.student}: another noise schedule than --model {config.model}; give two of the same")
-    return student
-
-
-def dense_copy(net, state, device):
-    """A network of the same architecture with the weights `state`, in eval mode."""
-    new = type(net).from_config(net.config)
-    new.load_state_dict(state)
-    return new.to(device).eval()
-
-
 # Updates
 
 def guidance_of(config, draw):
@@ -248,13 +211,6 @@ def guidance_of(config, draw):
         return config.guidance[0]
     low, high = config.guidance
     return (low + (high - low) * draw.rand()).view(-1, 1, 1, 1)
-
-
-def part_of(value, rows):
-    """The rows of a tensor, a list or a condition; a number stays what it is."""
-    if isinstance(value, dict):
-        return map_cond(lambda v: v[rows], value)
-    return value if isinstance(value, float) else value[rows]
 
 
 def student_step(iteration, prompts, cond, null, run, config, shape, student, teacher, lora_teacher, image_losses, pair_loss,
@@ -427,16 +383,6 @@ def make_pair_loss(config, codec, decode, distance, pairs):
 # Sampling
 
 @torch.no_grad()
-def draw_samples(student, codec, prompts, seed):
-    """One-step pictures in [-1, 1], [N, 3, H, W], on the CPU, the same for the same seed."""
-    images, chunk = [], chunk_for(codec)
-    for first in range(0, len(prompts), chunk):
-        y = prompts[first:first + chunk]
-        z = Draws(seed, first, len(y), slice(None), "cpu").randn(*codec.shape).to(codec.device)
-        images.append(codec.decode(one_step(student, z, codec.cond(y))).clamp(-1, 1).cpu())
-    return torch.cat(images)
-
-
 @torch.no_grad()
 def draw_strip(student, codec, kind, prompts, seed, num):
     """A strip of num pictures: between two noises under one prompt, or between two prompts on one noise (supplement 8.3, 8.4).
@@ -456,68 +402,11 @@ def draw_strip(student, codec, kind, prompts, seed, num):
 
 # Training
 
-def prompts_of(config, codec):
-    """The prompts of the run: --prompts, the model's classes, or the captions of --dataset. Raises UserError if there is none."""
-    if config.prompts:
-        prompts = load_prompts(config.prompts)
-        if codec.classes:
-            class_labels(prompts, codec.classes)
-    elif not codec.guided:
-        return [""]
-    elif codec.classes:
-        return [f"a photo of a {name}" for name in codec.classes]
-    elif config.dataset == "shapes":
-        prompts = Shapes.all_captions()
-    else:
-        dataset = load_dataset(config.dataset, codec.picture_size, config.seed)
-        prompts = sorted({dataset[i]["caption"] for i in range(len(dataset))} - {""})
-        if not prompts:
-            raise UserError(f"--dataset {config.dataset}: its pictures have no captions; give --prompts FILE")
-    codec.warn_of_long(prompts)
-    return prompts
-
-
 def stage_run(config, stage):
     """The Run of one stage: its own folder below OUT. Raises UserError if it cannot work."""
     iterations = dict(start=config.convert_iterations, a=config.iterations, b=config.iterations_b)[stage]
     resume = f"{config.resume}/{stage}" if config.resume and (Path(config.resume) / stage / "checkpoint").exists() else ""
     return Run(replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=iterations), free=FREE[stage])
-
-
-def convert(config, codec, start, prompts):
-    """The start as a network that predicts --prediction: a regression of its x0 at the last timestep onto its old one, clamped.
-
-    At that timestep an epsilon network's x0 carries 1 / alpha_T times its error (14.6 for SD), a v network's x0 is about -v.
-    """
-    run = stage_run(config, "start")
-    net = dense_copy(start.net, start.net.state_dict(), codec.device).requires_grad_(True)
-    if config.gradient_checkpointing:
-        enable_checkpointing(net)
-    student = Denoiser(net, start.schedule, config.prediction)
-    optimizer = torch.optim.AdamW(net.parameters(), config.convert_lr, weight_decay=0.0, fused=True)
-    run.begin(dict(student=net, optimizer=optimizer))
-    for iteration, y in enumerate(run.prompts(prompts), run.start):
-        z, cond = run.draws(iteration).randn(*codec.shape), codec.cond(y)
-        optimizer.zero_grad()
-        scalars = []
-        for rows in run.micro_batches:
-            with run.autocast():
-                with torch.no_grad():
-                    target = one_step(start, z[rows], part_of(cond, rows)).clamp(-config.convert_clamp, config.convert_clamp)
-                loss = (one_step(student, z[rows], part_of(cond, rows)) - target).square().mean()
-            (loss / len(run.micro_batches)).backward()
-            scalars.append(dict(L_convert=loss))
-        run.average_gradients(net.parameters())
-        nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
-        optimizer.step()
-        if run.finish_iteration(iteration, mean_of(scalars)):
-            break
-    run.end()
-    if run.rank == 0:
-        # Student B's LoRA file belongs on top of this.
-        export_one_step(codec, net, config.prediction, run.out / "pipeline")
-    net.requires_grad_(False)
-    return student
 
 
 def train_student(stage, config, teacher, codec, start, prompts, image_losses, pair_loss):
@@ -571,17 +460,18 @@ def export_student(codec, student, ema, out):
             save_lora(codec, student.net, student.adapter, out)
     if not student.adapter:
         state |= {name: average.cpu() for name, average in ema.average.items()}
-    export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, out / "pipeline")
+    export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, out / "pipeline",
+                    len(student.schedule))
 
 
 def finished_student(config, stage, teacher):
-    """A finished stage's dense weights, on the CPU, and its prediction type. Raises UserError if there is none."""
+    """A finished stage's dense weights, on the CPU, its prediction type and schedule. Raises UserError if there is none."""
     folder = Path(config.out) / stage / "pipeline"
     if not folder.exists():
         raise UserError(f"--stage {config.stage}: {folder} does not exist; run --stage {stage} first")
     part = "transformer" if (folder / "transformer").exists() else "unet"
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return type(teacher.net).from_pretrained(folder / part).state_dict(), scheduler["prediction_type"]
+    return type(teacher.net).from_pretrained(folder / part).state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
 
 
 def check(config):
@@ -612,7 +502,7 @@ def train(config):
     start_processes(device)
     if config.resume and not list(Path(config.resume).glob("*/checkpoint/state.pt")):
         raise UserError(f"--resume {config.resume}: there is no checkpoint in it")
-    teacher, codec = load_teacher(config, device)
+    teacher, codec = load_teacher(config.model, config.dataset, device)
     if config.t_max >= len(teacher.schedule):
         raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {len(teacher.schedule) - 1}")
     if not codec.guided and (tuple(config.guidance), config.teacher_guidance) != ((1.0,), 1.0):
@@ -626,7 +516,7 @@ def train(config):
         if model and weight and stages != ["a"]}
     start = pair_loss = image_losses = None
     if stages != ["merge"]:
-        start = starting_student(config, teacher, codec)
+        start = starting_student(config.student, config.lora, config.model, teacher, codec)
         if (config.prediction or start.prediction_type) != start.prediction_type:
             stages = ["start", *stages]
         for stage in stages:
@@ -639,38 +529,29 @@ def train(config):
             pair_loss = make_pair_loss(config, codec, decode, distance, prepare_pairs(config, teacher, codec, prompts))
     for stage in stages:
         if stage == "start":
-            start = convert(config, codec, start, prompts)
+            start = convert(stage_run(config, "start"), codec, start, config.prediction, prompts)
         elif stage != "merge":
             train_student(stage, config, teacher, codec, start, prompts, image_losses, pair_loss)
         elif int(os.environ.get("RANK", 0)) == 0:
             merge_students(config, teacher, codec, prompts, scorers.get("clip"))
 
 
-def load_teacher(config, device):
-    """--model as (Denoiser, Codec); where CIFAR-10's cannot be had, the error says how to train one."""
-    try:
-        return load(config.model, device)
-    except UserError as error:
-        if config.dataset == "cifar10":
-            raise UserError(f"{error}; or train one: python tools/pretrain.py --dataset cifar10 --out runs/teacher, "
-                            "then --model runs/teacher")
-        raise
-
-
 def merge_students(config, teacher, codec, prompts, scorer):
     """Eq. 6 on the two finished students; writes OUT/pipeline, and a picture of teacher, students and merge on the same noise."""
-    (state_a, prediction), (state_b, prediction_b) = (finished_student(config, stage, teacher) for stage in "ab")
-    if prediction != prediction_b:
-        raise UserError(f"--stage merge: a predicts {prediction}, b {prediction_b}; train both with one --prediction")
+    (state_a, prediction, schedule), (state_b, *others) = (finished_student(config, stage, teacher) for stage in "ab")
+    if (prediction, len(schedule)) != (others[0], len(others[1])):
+        raise UserError(f"--stage merge: a predicts {prediction} at timestep {len(schedule) - 1}, b {others[0]} at "
+                        f"{len(others[1]) - 1}; train both with one --student and --prediction")
+    schedule.to(codec.device)
     merged = merge(state_a, state_b, config.merge_lambda)
-    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, Path(config.out) / "pipeline")
+    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, Path(config.out) / "pipeline", len(schedule))
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
     z = Draws(0, 0, len(shown), slice(None), "cpu").randn(*codec.shape).to(codec.device)
     arguments = codec.cond(shown), codec.null(len(shown)), config.teacher_guidance
     rows = [codec.decode(ddim_sample(teacher, z, steps, *arguments)).cpu() for steps in (1, 25)]
     many = [prompts[i % len(prompts)] for i in range(512)]
     for name, state in dict(A=state_a, B=state_b, merged=merged).items():
-        student = Denoiser(dense_copy(teacher.net, state, codec.device), teacher.schedule, prediction)
+        student = Denoiser(dense_copy(teacher.net, state, codec.device), schedule, prediction)
         rows.append(draw_samples(student, codec, shown, 0))
         if scorer:
             with torch.no_grad():

@@ -192,7 +192,7 @@ def finished(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "all"
     with pytest.MonkeyPatch.context() as patched:
         seen = []
-        patched.setattr(sb, "load_teacher", lambda config, device: seen.append(load(config.model, device)) or seen[0])
+        patched.setattr(sb, "load_teacher", lambda model, dataset, device: seen.append(load(model, device)) or seen[0])
         run(flags(models, out))
     assert equal(fold_lora(seen[0][0].net, None), weights(models / "sd")), "the frozen teacher is as it was"
     return out
