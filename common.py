@@ -1137,7 +1137,7 @@ class Run:
                              for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.config.iterations, initial=self.start, disable=self.rank > 0, smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 30)
-        self.sums, self.skipped = None, set()
+        self.window, self.skipped = [], set()
         self.window_start, self.window_iteration = time.perf_counter(), self.start
 
     def draws(self, iteration):
@@ -1198,28 +1198,32 @@ class Run:
         return self.signal > 0
 
     def _log(self, done, losses, flush):
-        # Between log lines nothing is read from the device: the sums and the first bad iteration of each loss stay there.
-        values = torch.stack([v.detach().float() for v in losses.values()])
-        if self.sums is None:
-            self.sums, self.first_bad = torch.zeros_like(values), torch.full_like(values, torch.inf)
-        self.sums += values
-        self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp(max=done))
+        # Between log lines nothing is read from the device; a loss that an iteration does not have leaves no trace in its mean.
+        self.window.append((done, {name: value.detach() for name, value in losses.items()}))
         self.bar.update()
         if not flush:
             return
+        names = list(dict.fromkeys(name for _, values in self.window for name in values))
+        means, first_bad = [], []
+        for name in names:
+            found = [(n, values[name]) for n, values in self.window if name in values]
+            iterations, values = torch.tensor([n for n, _ in found], device=self.device), torch.stack([v for _, v in found]).float()
+            means.append(values.mean())
+            first_bad.append(torch.where(values.isfinite(), torch.inf, iterations.float()).min())
+        means, first_bad = torch.stack(means), torch.stack(first_bad)
         if self.world > 1:
-            dist.all_reduce(self.sums)
-            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
-        first_bad = self.first_bad.tolist()
+            dist.all_reduce(means)
+            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
+        first_bad = first_bad.tolist()
         if min(first_bad) < torch.inf:
             self.bar.close()
-            name = list(losses)[first_bad.index(min(first_bad))]
+            name = names[first_bad.index(min(first_bad))]
             kept = f"the checkpoint of iteration {read_checkpoint(self.checkpoint)['iteration']} is kept" \
                 if self.checkpoint.exists() else "no checkpoint had been written yet"
             raise UserError(f"iteration {int(min(first_bad))}: {name} is not finite, stopped; {kept}; "
                             "lower --lr, or use --precision fp32")
         now, count = time.perf_counter(), done - self.window_iteration
-        row = {k: v / count / self.world for k, v in zip(losses, self.sums.tolist())}
+        row = {k: v / self.world for k, v in zip(names, means.tolist())}
         self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in row.items()), refresh=False)
         row |= dict(images_per_second=count * self.config.batch_size / (now - self.window_start),
                     peak_memory_gb=self._peak_memory_gb())
@@ -1227,7 +1231,7 @@ class Run:
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-        self.sums, self.window_start, self.window_iteration = None, now, done
+        self.window, self.window_start, self.window_iteration = [], now, done
 
     def _peak_memory_gb(self):
         if self.device.type == "cuda":
