@@ -15,7 +15,7 @@ from conftest import ROOT
 
 TEACHER_GUIDANCE = 2.0  # its best, see the README
 ASSETS = ROOT / "assets"
-MODELS = ("mini-sd", "mini-clip", "mini-pickscore", "mini-taesd")
+MODELS = ("mini-sd", "mini-clip", "mini-judge", "mini-pickscore", "mini-taesd")
 
 
 def test_they_fit_into_12_megabytes_of_half_precision():
@@ -48,8 +48,10 @@ def test_the_teacher_draws_what_the_caption_says():
 
 def test_mini_clip_and_mini_pickscore():
     tokenizer = pretrain.build_tokenizer()
-    clip, pickscore = (CLIPModel.from_pretrained(ASSETS / name, dtype=torch.float32).eval() for name in ("mini-clip", "mini-pickscore"))
-    assert min(pretrain.measure_clip(clip, tokenizer, 500).values()) > 0.97
+    clip, judge, pickscore = (CLIPModel.from_pretrained(ASSETS / name, dtype=torch.float32).eval()
+                              for name in ("mini-clip", "mini-judge", "mini-pickscore"))
+    assert all(min(pretrain.measure_clip(model, tokenizer, 500).values()) > 0.97 for model in (clip, judge))
+    assert not torch.equal(clip.visual_projection.weight, judge.visual_projection.weight)
     assert min(pretrain.measure_pickscore(pickscore, tokenizer, 500).values()) > 0.93
 
 
@@ -101,7 +103,7 @@ def test_pretrain_command(tmp_path):
     assert codec.vae.config.scaling_factor != 0.18215
     before = {k: v.clone() for k, v in denoiser.net.state_dict().items()}
     logs = {p: p.read_text() for p in (tmp_path / "runs").rglob("metrics.jsonl")}
-    assert len(logs) == 5
+    assert len(logs) == 6
     pretrain.main(arguments)
     assert logs == {p: p.read_text() for p in logs}
     after = load(str(tmp_path / "out" / "mini-sd"))[0].net.state_dict()

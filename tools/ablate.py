@@ -40,6 +40,7 @@ SWIFTBRUSH = {
     "B, clamped": ([*BUDGET, "--stage", "b", "--no-clip-decay"], "b-clamped", "b/pipeline"),
     "B, clamped and scheduled": ([*BUDGET, "--stage", "b"], "shared", "b/pipeline"),
     **{f"merged, lambda {x}": ([*BUDGET, "--stage", "merge", "--merge-lambda", x], "shared", "pipeline") for x in ("0.25", "0.5", "0.75")},
+    "A from a one-step model": ([*BUDGET, "--stage", "a", "--student", "{out}/shared-seed{seed}/pipeline"], "continued", "a/pipeline"),
     "merged, lambda 0.5, regularised": ([*BUDGET, "--regularise", "pairs"], "regularised", "pipeline"),
 }
 ARMS = {"yoso": YOSO, "swiftbrush_v2": SWIFTBRUSH}
@@ -58,7 +59,7 @@ def run_row(method, arm, seed, iterations, out, num):
     name = f"{arm.split('(')[0].strip().lower().replace(',', '').replace(':', '').replace(' ', '-')}-seed{seed}"
     path = out / f"{name}.json"
     arguments, folder, pipeline = (ARMS[method][arm], name, None) if method == "yoso" else ARMS[method][arm]
-    flags = [*(a.format(iterations=iterations) for a in arguments or ()), "--seed", str(seed)]
+    flags = [*(a.format(iterations=iterations, out=out, seed=seed) for a in arguments or ()), "--seed", str(seed)]
     if path.exists():
         row = json.loads(path.read_text())
         if (row["flags"], row["num"]) != (flags, num):
