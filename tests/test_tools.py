@@ -103,6 +103,18 @@ def test_benchmark_accounts_for_the_step(tmp_path):
     assert set(networks) == {"generator", "discriminator"}
 
 
+@pytest.mark.parametrize("stage", ["a", "b"])
+def test_benchmark_of_swiftbrush(tmp_path, stage):
+    """Every part runs; a separate LoRA teacher is a network of its own, and costs the memory of one."""
+    config = swiftbrush_v2.Config(**swiftbrush_v2.PRESETS["shapes"] | dict(stage=stage, batch_size=2, device="cpu"))
+    parts, networks, device = benchmark.swiftbrush_parts(config, tmp_path / "run")
+    times = benchmark.time_parts(parts, 1, device)
+    assert all(t > 0 for t in times.values()) and ("decoder and CLIP, forward + input backward" in times) == (stage == "b")
+    assert networks["teacher"] is networks["lora_teacher"] and (networks["student"] is networks["teacher"]) == (stage == "b")
+    separate = benchmark.swiftbrush_parts(config, tmp_path / "separate", True)[1]
+    assert separate["teacher"] is not separate["lora_teacher"]
+
+
 def test_every_command_of_the_readme_has_existing_flags():
     """Flags in the README's commands exist in the script that the command names."""
     root = common.Path(__file__).parent.parent
@@ -112,5 +124,5 @@ def test_every_command_of_the_readme_has_existing_flags():
     assert len(commands) >= 8
     for script, rest in commands:
         for name in set(re.findall(r"--([a-z0-9-]+)", rest)) - {"help"}:
-            text = sources[script] + (sources["yoso.py"] if script == "tools/benchmark.py" else "")
+            text = sources[script] + (sources["yoso.py"] + sources["swiftbrush_v2.py"] if script == "tools/benchmark.py" else "")
             assert f'"--{name}"' in text or f"\n    {name.replace('-', '_')}: " in text, (script, name)

@@ -5,23 +5,23 @@
     python tools/benchmark.py swiftbrush_v2 --stage a            also with the LoRA teacher as a copy of the frozen network
 
 Absolute times depend on the machine and wander; the ratios hold. Medians over --repeats after two warm-up rounds, the
-parts taken in turn so that a slow moment hits all of them. Memory: what three steps add to a fresh process at their peak, each
-variant in a process of its own.
+parts taken in turn so that a slow moment hits all of them. Memory: the most bytes that the tensors of building and two steps held
+at one time, the same on every run; what the allocator and the kernels need besides is not in it.
 """
 
 import argparse
 import copy
 import json
-import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import swiftbrush_v2
@@ -178,21 +178,36 @@ def swiftbrush_parts(config, folder, separate=False):
     return parts, networks, device
 
 
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside the with block and still live; peak is the most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return tree_map_only(torch.Tensor, self._count, function(*args, **(kwargs or {})))
+
+    def _count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.seen:
+            self.seen.add(storage)
+            weakref.finalize(storage, self._free, storage.nbytes())
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+        return tensor
+
+    def _free(self, size):
+        self.live -= size
+
+
 def peak_of_steps(parts_of, *arguments):
-    """Bytes that building the networks and three steps add to this process at their peak."""
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    parts, _, device = parts_of(*arguments)
-    for _ in range(3):
-        parts["step"]()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
-
-
-def in_fresh_process(function, *arguments):
-    """The function's result, from a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    """Bytes of tensors that building the networks and two steps hold at their peak."""
+    with TensorMemory() as memory:
+        parts = parts_of(*arguments)[0]
+        for _ in range(2):
+            parts["step"]()
+    return memory.peak
 
 
 METHODS = dict(yoso=(yoso, yoso_parts), swiftbrush_v2=(swiftbrush_v2, swiftbrush_parts))
@@ -210,12 +225,12 @@ def main(argv):
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
     config = parse_config(script.Config, script.PRESETS, rest, "", *([script.preset_of] if args.method != "yoso" else []))
     with tempfile.TemporaryDirectory() as folder:
-        peak = {"step": in_fresh_process(peak_of_steps, parts_of, config, f"{folder}/peak")}
+        peak = {"step": peak_of_steps(parts_of, config, f"{folder}/peak")}
         parts, networks, device = parts_of(config, f"{folder}/run")
         variants = ["step with R1"] if "step with R1" in parts else []
         if args.method == "swiftbrush_v2":
             parts[SEPARATE] = parts_of(config, f"{folder}/separate", True)[0]["step"]
-            peak[SEPARATE] = in_fresh_process(peak_of_steps, parts_of, config, f"{folder}/peak2", True)
+            peak[SEPARATE] = peak_of_steps(parts_of, config, f"{folder}/peak2", True)
             variants = [SEPARATE]
         times = time_parts(parts, args.repeats, device)
     step, variant_times = times.pop("step"), {name: times.pop(name) for name in variants}
