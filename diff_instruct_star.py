@@ -84,7 +84,7 @@ class Config:
     alpha_cfg: float = flag(7.5, "strength of the guidance, w - 1 in diffusers' convention; 0: none; paper: 7.5")
     cfg_choice: int = flag(2, "2: in the reference; 1: as a reward of its own; the same for kl; paper's best: 2")
     reward: str = flag("pickscore", "pickscore, clip, hps, or a CLIPModel's directory or hub id; empty: none, nothing is decoded")
-    probe: str = flag("clip", "a second reward that is only logged: where it falls while the reward rises, the reward is cheated; empty: none")
+    probe: str = flag("clip", "a second reward, only logged: where it falls while the reward rises, the reward is cheated; empty: none")
     decoder: str = flag("madebyollin/taesdxl", "AutoencoderTiny that decodes for the rewards; empty: the model's own")
     t_min: int = flag(20, "lowest timestep of the divergence; SiD-LSG: 20")
     t_max: int = flag(979, "highest; SiD-LSG: 979")

@@ -124,8 +124,8 @@ PRESETS = {
     "shapes": dict(
         iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.99, save_every=100,
         sample_every=200, guidance=(2.0,), prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128,
-        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.98, clip_weight=1.0, distance="l2", regularise_num=2000, teacher_guidance=2.0,
-        lora_targets=LORA_TARGETS),
+        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.98, clip_weight=1.0, distance="l2",
+        regularise_num=2000, teacher_guidance=2.0, lora_targets=LORA_TARGETS),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128, lr=1e-5, clip_weight=0.0,
         decoder="", distance="l2", teacher_guidance=1.0, prediction="v_prediction", convert_clamp=1.0, convert_lr=1e-4),

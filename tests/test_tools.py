@@ -1,5 +1,6 @@
 """The measures against closed forms, and the tools' commands."""
 
+import importlib
 import json
 import re
 
@@ -13,6 +14,7 @@ import ablate
 import benchmark
 import common
 import evaluate
+import swiftbrush_v2
 from common import Shapes
 from test_run import config, finished  # noqa: F401
 
@@ -94,6 +96,16 @@ def test_ablation_rows_are_kept_and_failures_named(tmp_path, monkeypatch):
     monkeypatch.setitem(ablate.YOSO, "yoso", ["--distance", "l3"])
     failed = ablate.run_row("yoso", "yoso", 7, 10, tmp_path, 10)
     assert "--distance l3: unknown" in failed["failed"] and not (tmp_path / "yoso-seed7.json").exists()
+
+
+@pytest.mark.parametrize("method", ablate.ARMS)
+def test_arms_have_names_of_their_own_and_flags_that_exist(method):
+    arms = ablate.ARMS[method]
+    assert len({ablate.name_of(arm, 0) for arm in arms}) == len(arms)
+    script = importlib.import_module(method)
+    for arm in arms.values():
+        arguments = [a.format(iterations=3, longer=9, out="out", seed=0) for a in (arm if method == "yoso" else arm[0]) or ()]
+        assert common.parse_config(script.Config, script.PRESETS, arguments, "").iterations in (3, 9, script.Config.iterations) or not arguments
 
 
 def test_benchmark_accounts_for_the_step(tmp_path):

@@ -2,6 +2,7 @@
 
     python tools/ablate.py yoso --seeds 0 1 2 --iterations 2500 --jobs 2      YOSO's Table 1, from scratch on shapes
     python tools/ablate.py swiftbrush_v2 --seeds 0 1 2                        SwiftBrush v2's Table 5, on the mini model
+    python tools/ablate.py diff_instruct_star --seeds 0 1 2                   Diff-Instruct*'s Table 2, from SwiftBrush v2's student
     python tools/ablate.py yoso --table                                       only print the table of the rows that exist
 
 Each arm is the method's script with the flags below and nothing else changed, measured by tools/evaluate.py on one-step samples.
@@ -21,8 +22,8 @@ import torch
 from common import UserError, run_command
 from evaluate import evaluate
 
-# What an arm changes. SwiftBrush's arms also say whether the seed's arms share a folder, so that merges find their students, and
-# which pipeline below it is measured; the teacher's arm trains nothing.
+# What an arm changes. The distillations' arms also say whether the seed's arms share a folder, so that merges find their students,
+# and which pipeline below it is measured; an arm without flags trains nothing: the teacher, or the student that all start from.
 YOSO = {
     "yoso": ["--iterations", "{iterations}"],
     "no consistency": ["--iterations", "{iterations}", "--lambda-con", "0"],
@@ -43,30 +44,58 @@ SWIFTBRUSH = {
     "A from a one-step model": ([*BUDGET, "--stage", "a", "--student", "{out}/shared-seed{seed}/pipeline"], "continued", "a/pipeline"),
     "merged, lambda 0.5, regularised": ([*BUDGET, "--regularise", "pairs"], "regularised", "pipeline"),
 }
-ARMS = {"yoso": YOSO, "swiftbrush_v2": SWIFTBRUSH}
+STUDENT = "runs/swiftbrush_v2/pipeline"
+
+
+def diff_instruct_arm(divergence, alpha_rew, alpha_cfg, *more):
+    """A row of Table 2: its settings; alpha_rew is the mini model's, a tenth of the paper's."""
+    return ["--iterations", "{iterations}", "--student", STUDENT, "--divergence", divergence, "--alpha-rew", alpha_rew, "--alpha-cfg",
+            alpha_cfg, *more], None, "pipeline"
+
+
+DIFF_INSTRUCT = {
+    "init": (None, None, None),
+    "KL 0, 0": diff_instruct_arm("kl", "0", "0"),
+    **{f"KL {a}, 7.5": diff_instruct_arm("kl", a, "7.5") for a in ("0", "1", "3", "10", "30")},
+    "choice 1 10, 7.5": diff_instruct_arm("score", "10", "7.5", "--cfg-choice", "1"),
+    "score 0, 0": diff_instruct_arm("score", "0", "0"),
+    **{f"score {a}, 7.5": diff_instruct_arm("score", a, "7.5") for a in ("0", "0.1", "1", "3", "10", "30")},
+    "score 10, 4.5": diff_instruct_arm("score", "10", "4.5"),
+    "score 10, 7.5, longer": diff_instruct_arm("score", "10", "7.5", "--iterations", "{longer}"),
+}
+ARMS = {"yoso": YOSO, "swiftbrush_v2": SWIFTBRUSH, "diff_instruct_star": DIFF_INSTRUCT}
+ITERATIONS = {"yoso": 2500, "swiftbrush_v2": 400, "diff_instruct_star": 200}
 COLUMNS = {
     "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
              "recall": "recall", "L_D": "L_D, last half", "minutes": "minutes"},
     "swiftbrush_v2": {"frechet": "distance", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
                       "judge_frechet": "judge's distance", "judge_precision": "its precision", "judge_recall": "its recall",
                       "judge_score": "its score", "right": "all attributes right", "minutes": "minutes"},
+    "diff_instruct_star": {"reward_score": "reward", "judge_score": "probe (judge)", "clip_score": "CLIP score", "judge_frechet": "distance",
+                           "judge_precision": "precision", "judge_recall": "recall", "right": "all attributes right", "minutes": "minutes"},
 }
 MODEL, CLIP, JUDGE, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", "assets/mini-judge", 2.0
+REWARD = "assets/mini-pickscore"
+
+
+def name_of(arm, seed):
+    """The name of a row's files."""
+    return f"{arm.split('(')[0].strip().lower().replace(',', '').replace(':', '').replace(' ', '-')}-seed{seed}"
 
 
 def run_row(method, arm, seed, iterations, out, num):
     """Trains and measures one arm with one seed, unless its row exists; returns the row."""
-    name = f"{arm.split('(')[0].strip().lower().replace(',', '').replace(':', '').replace(' ', '-')}-seed{seed}"
+    name = name_of(arm, seed)
     path = out / f"{name}.json"
     arguments, folder, pipeline = (ARMS[method][arm], name, None) if method == "yoso" else ARMS[method][arm]
-    flags = [*(a.format(iterations=iterations, out=out, seed=seed) for a in arguments or ()), "--seed", str(seed)]
+    flags = [*(a.format(iterations=iterations, longer=3 * iterations, out=out, seed=seed) for a in arguments or ()), "--seed", str(seed)]
     if path.exists():
         row = json.loads(path.read_text())
         if (row["flags"], row["num"]) != (flags, num):
             raise UserError(f"{path}: measured with {' '.join(row['flags'])} and {row['num']} samples; choose another --out")
         return row
     row = dict(method=method, arm=arm, seed=seed, iterations=iterations, flags=flags)
-    run = out / (folder if method == "yoso" else f"{folder}-seed{seed}")
+    run = out / (f"{folder}-seed{seed}" if method == "swiftbrush_v2" else name)
     if arguments is not None:
         with open(out / f"{name}.log", "a") as log:
             script = Path(__file__).parent.parent / f"{method}.py"
@@ -81,8 +110,11 @@ def run_row(method, arm, seed, iterations, out, num):
         half = [m["L_D"] for m in metrics if m["iteration"] > iterations / 2]
         row |= dict(L_D=sum(half) / len(half), **evaluate(run=run, num=num, seed=seed))
     else:
-        measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE)
-        one_step = dict(model=run / pipeline, steps=1) if pipeline else dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
+        measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE, reward=REWARD)
+        if pipeline or method == "diff_instruct_star":
+            one_step = dict(model=run / pipeline if pipeline else STUDENT, steps=1)
+        else:
+            one_step = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
         row |= evaluate(**one_step, **measured)
     path.write_text(json.dumps(row, indent=1, default=str) + "\n")
     return row
@@ -123,7 +155,7 @@ def main(argv):
     parser.add_argument("method", choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="default: all of the method's")
-    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500 for yoso, else 400")
+    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500, 400, 200")
     parser.add_argument("--num", type=int, default=2000, help="samples measured")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the CPU cores")
     parser.add_argument("--out", type=Path, help="default: runs/ablate/METHOD")
@@ -133,7 +165,7 @@ def main(argv):
     unknown = set(arms) - set(ARMS[args.method])
     if unknown:
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS[args.method])}")
-    iterations = args.iterations or (2500 if args.method == "yoso" else 400)
+    iterations = args.iterations or ITERATIONS[args.method]
     out.mkdir(parents=True, exist_ok=True)
     if not args.table:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))

@@ -24,7 +24,8 @@ def main():
     for run in args.runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for axis, key in zip(axes[0], args.keys):
-            axis.plot([r["iteration"] for r in rows], [r[key] for r in rows], label=run.name, linewidth=0.9)
+            found = [r for r in rows if key in r]
+            axis.plot([r["iteration"] for r in found], [r[key] for r in found], label=run.name, linewidth=0.9)
             axis.set(title=key, xlabel="iteration")
     if "L_D" in args.keys:
         axes[0][args.keys.index("L_D")].axhline(1.3863, color="gray", linewidth=0.7, linestyle="--")
