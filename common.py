@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -505,11 +506,13 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
-    if hasattr(net, "add_adapter"):
-        net.add_adapter(config, adapter_name=name)
-    else:  # PixArtTransformer2DModel
-        from peft import inject_adapter_in_model
-        inject_adapter_in_model(config, net, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters on one network are meant
+        if hasattr(net, "add_adapter"):
+            net.add_adapter(config, adapter_name=name)
+        else:  # PixArtTransformer2DModel
+            from peft import inject_adapter_in_model
+            inject_adapter_in_model(config, net, adapter_name=name)
         net.peft_config = getattr(net, "peft_config", {}) | {name: config}
     net.lora_layers = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
     for layer in net.lora_layers:
