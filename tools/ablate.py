@@ -144,7 +144,7 @@ def table(method, rows):
         for key in columns:
             values = torch.tensor([float(r[key]) for r in mine if key in r])
             spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3g}{spread}" if len(values) else "not run")
+            cells.append(f"{values.mean():.3g}{spread}" if len(values) else "none" if mine else "not run")
         lines.append("| " + arm.replace("|", "\\|") + f" | {len(mine)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
