@@ -383,7 +383,6 @@ def make_pair_loss(config, codec, decode, distance, pairs):
 # Sampling
 
 @torch.no_grad()
-@torch.no_grad()
 def draw_strip(student, codec, kind, prompts, seed, num):
     """A strip of num pictures: between two noises under one prompt, or between two prompts on one noise (supplement 8.3, 8.4).
 
