@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -234,6 +235,8 @@ class InformativePrior:
     mean [C, H, W] and std [C, 1, 1] of the data x0 (pictures or latents).
     """
 
+    FILE = "informative_prior.safetensors"
+
     def __init__(self, mean, std):
         self.mean, self.std = mean, std
 
@@ -246,6 +249,16 @@ class InformativePrior:
     def start(self, schedule, eps, eps_prime):
         """x_T [B, C, H, W] from two standard normal draws of that shape."""
         return schedule.alpha[-1] * (self.mean + self.std * eps_prime) + schedule.sigma[-1] * eps
+
+    def save(self, folder):
+        """Writes folder/informative_prior.safetensors."""
+        save_file(dict(mean=self.mean.cpu().contiguous(), std=self.std.cpu().contiguous()), Path(folder) / self.FILE)
+
+    @classmethod
+    def read(cls, folder, device="cpu"):
+        """What save() wrote into the folder, or None if there is none."""
+        path = Path(folder) / cls.FILE
+        return cls(**load_file(path, str(device))) if path.is_file() else None
 
 
 # Pretrained models
@@ -415,11 +428,12 @@ def write_folder(path, save):
     temporary.rename(path)
 
 
-def export_one_step(codec, net, prediction_type, path, length=0):
+def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False, prior=None):
     """The pipeline with `net` as its network, for num_inference_steps=1 (2, 4) and guidance_scale=1 in diffusers alone.
 
     Its LCMScheduler predicts x0, then adds fresh noise at the next lower level: the spacing of 4 steps is 999 749 499 249.
     length: the timesteps of the student's own schedule, where it starts below the model's last; then for one step only.
+    zero_snr: the schedule rescaled to SNR_T = 0; prior: an InformativePrior that is kept beside it.
     """
     from diffusers import DDPMPipeline, LCMScheduler
     betas = {k: v for k, v in codec.pipe.scheduler.config.items() if k in BETA_NAMES}
@@ -427,6 +441,8 @@ def export_one_step(codec, net, prediction_type, path, length=0):
     if 0 < length < len(codec.pipe.scheduler.alphas_cumprod):
         # Cut off above the start, the schedule's last timestep is where every tool begins.
         steps, betas = 1, dict(num_train_timesteps=length, trained_betas=codec.pipe.scheduler.betas[:length].tolist())
+    if zero_snr:
+        betas |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     scheduler = LCMScheduler(**betas, prediction_type=prediction_type, original_inference_steps=steps, clip_sample=False,
                              steps_offset=1)
     if codec.vae is None:
@@ -440,6 +456,8 @@ def export_one_step(codec, net, prediction_type, path, length=0):
         pipe.save_pretrained(folder)
         if codec.vae is None and codec.classes:
             (folder / "classes.json").write_text(json.dumps(codec.classes))
+        if prior:
+            prior.save(folder)
 
     write_folder(path, save)
 
@@ -477,13 +495,16 @@ def load_prompts(path):
 class HalfUNet(torch.nn.Module):
     """The down and mid blocks of a UNet2DConditionModel as features: YOSO's perceptual distance and discriminator.
 
-    A copy of that half of `unet`, which is left as it is.
+    A copy of that half of `unet`, which is left as it is; with `share`, its weights stay unet's own. A LoRA that unet is given
+    later is not in it.
     """
 
-    def __init__(self, unet):
+    def __init__(self, unet, share=False):
         super().__init__()
         # What memo names is replaced instead of copied; diffusers' own forward then ends with the mid block's output.
         memo = {id(unet.up_blocks): torch.nn.ModuleList(), id(unet.conv_norm_out): None, id(unet.conv_out): torch.nn.Identity()}
+        if share:
+            memo |= {id(p): p for p in unet.parameters()}
         self.unet = copy.deepcopy(unet, memo)
 
     def forward(self, x_t, t, cond):
@@ -556,14 +577,19 @@ def fold_lora(net, name):
 
 
 def save_lora(codec, net, name, path):
-    """The LoRA `name` in the file that `load_lora_weights` of a diffusers pipeline reads; PixArt: an adapter folder of peft."""
+    """The LoRA `name` in the file that `load_lora_weights` of a diffusers pipeline reads, and in kohya.safetensors with the keys
+    of kohya's scripts, which ComfyUI and AUTOMATIC1111 expect; PixArt: an adapter folder of peft."""
+    from diffusers.utils import convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
     state = get_peft_model_state_dict(net, adapter_name=name)
     if hasattr(codec.pipe, "save_lora_weights"):
         # Without the metadata an alpha other than the rank would be read with the wrong scale.
         codec.pipe.save_lora_weights(path, state, unet_lora_adapter_metadata=net.peft_config[name].to_dict())
+        kohya = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in state.items()})
+        alpha = torch.tensor(float(net.peft_config[name].lora_alpha))  # diffusers writes the rank
+        kohya = {key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in kohya.items()}
+        save_file(kohya, Path(path) / "kohya.safetensors")
     else:
-        from safetensors.torch import save_file
         Path(path).mkdir(parents=True, exist_ok=True)
         net.peft_config[name].save_pretrained(path)
         state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
@@ -1347,7 +1373,6 @@ def _network_of(path, net, device):
             owner, name, file = path.split("/", 2)
             path = hf_hub_download(f"{owner}/{name}", file)
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1391,6 +1416,21 @@ def convert(run, codec, start, prediction, prompts):
         export_one_step(codec, net, prediction, run.out / "pipeline", len(start.schedule))
     net.requires_grad_(False)
     return student
+
+
+def export_student(codec, student, ema, out, **more):
+    """The averaged student as a pipeline in OUT/pipeline, made on the CPU; a LoRA also as a file of its own.
+
+    more: as for export_one_step.
+    """
+    with ema.applied() if student.adapter else nullcontext():
+        state = {key: value.cpu() for key, value in fold_lora(student.net, student.adapter).items()}
+        if student.adapter:
+            save_lora(codec, student.net, student.adapter, out)
+    if not student.adapter:
+        state |= {name: average.cpu() for name, average in ema.average.items()}
+    export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, Path(out) / "pipeline",
+                    len(student.schedule), **more)
 
 
 def load_teacher(model, dataset, device):

@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, Run, UserError, Weights, add_lora, choose_device, convert,
-                    ddim_sample, dense_copy, draw_samples, enable_checkpointing, export_one_step, flag, load, load_decoder,
+                    ddim_sample, dense_copy, draw_samples, enable_checkpointing, export_student, flag, load, load_decoder,
                     load_scorer, load_teacher, mean_of, one_step, parse_config, part_of, prompts_of, run_command, save_grid,
                     start_processes, starting_student)
 
@@ -396,8 +396,7 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
             break
     run.end()
     if run.rank == 0:
-        state = {key: value.cpu() for key, value in net.state_dict().items()} | {k: v.cpu() for k, v in ema.average.items()}
-        export_one_step(codec, dense_copy(net, state, "cpu"), student.prediction_type, run.out / "pipeline", len(student.schedule))
+        export_student(codec, student, ema, run.out)
         with ema.applied():
             compare(config, teacher, codec, student, prompts, rewards_of)
 

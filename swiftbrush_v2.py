@@ -31,7 +31,6 @@ code sets it to 0.
 import argparse
 import json
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,11 +42,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora, choose_device,
-                    chunk_for, convert, ddim_sample, dense_copy, draw_samples, enable_checkpointing, export_one_step, flag,
-                    fold_lora, load, load_dataset, load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of,
-                    one_step, parse_config, part_of, prompts_of, remove_lora, run_command, sample_order, save_grid, save_lora,
-                    start_processes, starting_student)
+from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora,
+                    choose_device, chunk_for, convert, ddim_sample, dense_copy, draw_samples, enable_checkpointing,
+                    export_one_step, export_student, flag, fold_lora, load, load_dataset, load_decoder, load_distance,
+                    load_scorer, load_teacher, map_cond, mean_of, one_step, parse_config, part_of, prompts_of, remove_lora,
+                    run_command, sample_order, save_grid, start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -449,18 +448,6 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
     remove_lora(teacher.net, "lora_teacher")
     if stage == "b":
         remove_lora(start.net, "student")
-
-
-def export_student(codec, student, ema, out):
-    """The averaged student as a pipeline in OUT/pipeline, made on the CPU; a LoRA also as a file of its own."""
-    with ema.applied() if student.adapter else nullcontext():
-        state = {key: value.cpu() for key, value in fold_lora(student.net, student.adapter).items()}
-        if student.adapter:
-            save_lora(codec, student.net, student.adapter, out)
-    if not student.adapter:
-        state |= {name: average.cpu() for name, average in ema.average.items()}
-    export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, out / "pipeline",
-                    len(student.schedule))
 
 
 def finished_student(config, stage, teacher):

@@ -1,4 +1,4 @@
-"""YOSO, You Only Sample Once, trained from scratch (Luo et al., arXiv 2403.12931): a denoiser that a GAN makes one-step.
+"""YOSO, You Only Sample Once (Luo et al., arXiv 2403.12931): a denoiser that a GAN makes one-step, from scratch or pretrained.
 
 The idea. A denoiser G(x_t, t) maps a noisy picture to a clean one. From pure noise it can only guess the mean, a blur; a GAN
 loss makes it guess a picture instead. Matching noise to data in one leap is a hard GAN problem, so YOSO matches level t to
@@ -14,34 +14,55 @@ Algorithm 1; the same numbers stand in train_step:
   6. EMA of the generator
 Sampling: x_T ~ N(0, I), x0 = G(x_T, T, z). With more calls: add noise at a lower level, predict again.
 
+With --model, the same game fine-tunes a text-to-image model, in its latent space and with its 1,000 levels (Eq. 6; the same
+numbers stand in fine_tune_step). One level apart is too little there, so the real side comes from k = 250 levels below, the
+consistency target from m = 25 below; G(x, 0) = x by construction, so that the chain still ends at the data. D is half of the
+pretrained UNet with a head, the consistency distance is taken in the features of that half, frozen (Eq. 5). Two remedies for a
+noise level T that is not pure noise: sampling starts from the informative prior (section 5.2), or --adapt first makes the
+network predict v on a schedule that ends in pure noise (section 5.3).
+
 Symbols, paper -> code: x, x_0 -> x0; x_t -> x_t; x_{t-1} -> x_r; sqrt(abar_t) -> alpha_t; G_theta -> generator; D_phi ->
-discriminator (returns logits); x^t -> fake; x^{t-1} -> target; lambda_t -> lambda_rec; lambda_t^con -> lambda_con; eta -> lr.
+discriminator (returns logits); x^t -> fake; x^{t-1} -> target; lambda_t -> lambda_rec; lambda_t^con -> lambda_con; eta -> lr;
+k, m -> real_offset, con_offset; h -> the features of a frozen HalfUNet; v_phi, eps_phi -> the teacher's.
 
 What differs from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake), as in any GAN.
 The target is under stop-gradient in both places. Both pictures go into D with the fake's t. The generator is diffusers'
-UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no FIR resampling.
+UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no FIR resampling. Fine-tuning: softplus before the mean
+over the batch, not after it as in the authors' script; the second stage of the adaptation regresses onto the velocity of the
+rescaled schedule, for the printed one would leave noise in a perfect student.
 
   python yoso.py                                      shapes, 16 x 16: 9 minutes on 2 CPU cores
   python yoso.py --dataset FOLDER --out runs/mine     your pictures at 32 x 32, preset small: about an hour on 2 CPU cores
   torchrun --nproc-per-node 8 yoso.py --dataset cifar10 --out runs/cifar10       the paper's preset, on GPUs
   python yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png
+  python yoso.py --model assets/mini-sd               fine-tunes the mini Stable Diffusion
+  torchrun --nproc-per-node 8 yoso.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 64 --dataset FOLDER --out runs/sd15
+  python yoso.py merge --base PIXART_512 --high PIXART_1024 --tuned YOSO_512 --out PIPELINE          Eq. 7, 1024 pixels from 512
 """
 
 import argparse
-from dataclasses import dataclass
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, LCMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from PIL import Image
 from torch import nn
 
-from common import (EMA, FREE_FLAGS, Draws, NoiseSchedule, Run, UserError, choose_device, ddgan_betas, flag, load_dataset,
-                    load_distance, mean_of, parse_config, read_checkpoint, run_command, save_grid, squared_distance)
+from common import (EMA, FREE_FLAGS, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, Run, UserError, Weights,
+                    add_lora, choose_device, chunk_for, ddgan_betas, ddim_sample, dense_copy, enable_checkpointing,
+                    export_one_step, export_student, flag, load, load_dataset, load_distance, map_cond, mean_of, parse_config,
+                    part_of, prompts_of, read_checkpoint, run_command, sample_order, save_grid, squared_distance, start_processes)
 
 
-# Configuration: the defaults are the paper's CIFAR-10 run; a preset changes what it names
+# Configuration: the defaults are the paper's CIFAR-10 run, and below its fine-tuning of SD 1.5; a preset changes what it names
 
 @dataclass
 class Config:
@@ -102,6 +123,76 @@ PRESETS = {
         channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0, channels_d=(32, 64, 128, 128)),
 }
 
+@dataclass
+class FineTune:
+    """The flags with --model; one field a flag, the text is also its --help."""
+    model: str = flag("assets/mini-sd", "what is fine-tuned: a diffusers pipeline of SD or PixArt, directory or hub id")
+    lora: str = flag("", "LoRA weights merged into it first")
+    discriminator: str = flag("", "the pipeline whose UNet gives D and the features; empty: --model; for PixArt: SD 1.5")
+    dataset: str = flag("shapes", "captioned pictures: shapes, cifar10 or a folder")
+    prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset")
+    generate: int = flag(0, "train on that many pictures that --generator draws first into OUT/data, instead of on --dataset")
+    generator: str = flag("", "a pipeline of few steps, directory or hub id; YOSO-LoRA: stabilityai/sdxl-turbo")
+    generator_lora: str = flag("", "LoRA weights merged into it; the data flywheel: the first LoRA, on the new base")
+    nfe: int = flag(1, "its network calls a picture: 1, 2 or 4")
+    preset: str = flag("full", "defaults of the other flags: full, lora (with --rank), pixart; shapes for the mini model")
+    out: str = flag("runs/yoso_t2i", "the run's folder; the same command again resumes what lies there")
+    resume: str = flag("", "folder of another run of the same configuration, to continue from its checkpoint")
+    seed: int = flag(0, "of weights, order of the data, and noise")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
+    compile: bool = flag(False, "torch.compile the networks; not the generator with --rank, whose adapters are switched")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    workers: int = flag(0, "processes that read pictures")
+    log_every: int = flag(50, "iterations between lines of metrics.jsonl")
+    save_every: int = flag(500, "iterations between checkpoints")
+    sample_every: int = flag(500, "iterations between grids in samples/")
+
+    iterations: int = flag(30_000, "updates of each network; paper: up to 30k, LoRA 5k")
+    batch_size: int = flag(256, "global batch, over all processes; paper: 256")
+    micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result; costs a forward")
+    lr: float = flag(2e-5, "AdamW learning rate of the generator, constant; paper: 2e-5")
+    lr_d: float = flag(2e-5, "AdamW learning rate of the discriminator, constant; paper: 2e-5")
+    weight_decay: float = flag(0.01, "of both; the authors' script: 0.01")
+    clip_norm: float = flag(1.0, "gradient norm of the generator; the authors' script: 1")
+    ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999, LoRA 0.999")
+    rank: int = flag(0, "train a LoRA of this rank instead of all weights; paper: 64")
+    alpha: int = flag(8, "of the LoRA; the authors' script: 8, peft's default")
+
+    real_offset: int = flag(250, "k of Eq. 6: the real side is k of 1,000 timesteps less noisy; paper: 250")
+    con_offset: int = flag(25, "m of Eq. 6: the consistency target is m timesteps less noisy; paper: 25")
+    adversary: str = flag("self", "what is real for D: self (YOSO), or data (D_adv(p_d || p_t))")
+    con_distance: str = flag("latent", "d of the consistency term: latent (Eq. 5), or l2")
+    rec_distance: str = flag("l2", "d of the reconstruction term; the authors' script: l2, to save compute")
+    lambda_rec: float = flag(0.5, "factor on the reconstruction weight min(SNR(t), limit); the authors' script: 0.5")
+    lambda_con: float = flag(2.0, "factor on the consistency weight min(w(t), limit); 0: the ablation; the authors' script: 2")
+    con_weight: str = flag("sqrt", "w(t): sqrt, 1 / (SNR(t)^-1/2 - SNR(t-m)^-1/2), of the authors' script, or snr, without the roots")
+    weight_limit: float = flag(5.0, "the limit; the authors' script: 5 for both")
+
+    adapt: bool = flag(False, "first adapt the network to v-prediction and zero terminal SNR")
+    adapt_iterations: int = flag(500, "of each of its two stages; 0: the direct switch; paper: about 1,000 together")
+    adapt_lr: float = flag(2e-5, "AdamW learning rate of the adaptation, constant")
+    adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: at T an epsilon network's error is amplified")
+    prior_num: int = flag(1000, "pictures from which the informative prior is estimated")
+    teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5")
+
+
+FINE_TUNE_PRESETS = {
+    "full": dict(),
+    "lora": dict(rank=64, ema=0.999, iterations=5000),
+    "pixart": dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
+    "shapes": dict(
+        iterations=1000, batch_size=32, lr=1e-4, lr_d=1e-4, ema=0.99, save_every=250, alpha=64, adapt_iterations=300,
+        adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0),
+}
+
+
+def preset_of(given):
+    """The preset that fits the flags given: a real model must not get the mini model's rates."""
+    if given.get("model", FineTune.model) == FineTune.model:
+        return "shapes"
+    return "lora" if given.get("rank") else "full"
+
 
 # Losses
 
@@ -134,14 +225,19 @@ def consistency_weight(snr_t, snr_r):
     return 1 / (1 / snr_t - 1 / snr_r)
 
 
-def generator_loss(fake, x0, target, fake_logits, lambda_rec, lambda_con, distance=squared_distance):
-    """L_G, Eq. 4's minimisation over theta: lambda_t d(fake, x0) + lambda_con d(fake, sg[target]) + softplus(-D(fake)).
+def sqrt_consistency_weight(snr_t, snr_r):
+    """1 / (SNR(t)^-1/2 - SNR(r)^-1/2), [B], the weight of the authors' fine-tuning script; infinite at t = r, 0 where SNR(t) = 0."""
+    return 1 / (snr_t**-0.5 - snr_r**-0.5)
 
-    fake, x0, target [B, C, H, W]; fake_logits = D(fake), with its graph to fake, [B]; weights [B]; distance: two batches -> [B].
-    Returns the sum and its three parts.
+
+def generator_loss(fake, x0, target, fake_logits, lambda_rec, lambda_con, distance=squared_distance, con_distance=None):
+    """L_G, Eq. 4's and 6's minimisation over theta: lambda_t d(fake, x0) + lambda_con d(fake, sg[target]) + softplus(-D(fake)).
+
+    fake, x0, target [B, C, H, W]; fake_logits = D(fake), with its graph to fake, [B]; weights [B]; distance, con_distance (if it
+    is another): two batches -> [B]; target None: without consistency. Returns the sum and its three parts.
     """
     L_rec = (lambda_rec * distance(fake, x0)).mean()
-    L_con = (lambda_con * distance(fake, target.detach())).mean()
+    L_con = torch.zeros_like(L_rec) if target is None else (lambda_con * (con_distance or distance)(fake, target.detach())).mean()
     L_adv = adversarial_loss(fake_logits)
     return L_rec + L_con + L_adv, dict(L_rec=L_rec, L_con=L_con, L_adv=L_adv)
 
@@ -159,6 +255,40 @@ def adversarial_pair(adversary, schedule, fake, target, x0, x_r, t, noise):
             return x0, fake, t
         case "ufogen":
             return x_r, schedule.add_noise(fake, noise, t - 1), t - 1
+
+def boundary(t):
+    """(c_skip, c_out), [B] each, of G(x_t, t) = c_skip x_t + c_out x0_prediction: G(x, 0) = x, and the prediction from t = 1 on.
+
+    The consistency models' boundary condition as LCMScheduler has it, so that an exported G samples in diffusers as here.
+    """
+    scaled = 10.0 * t.float()
+    return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25)**0.5
+
+
+def adaptation_target(eps, x0, schedule, t):
+    """The velocity alpha_t eps - sigma_t x0 on the student's schedule, for the teacher's eps and x0 [B, C, H, W], t [B].
+
+    Stage I of section 5.3: the student's schedule is the teacher's, and this is the teacher's own v. Stage II: the rescaled one;
+    with the teacher's coefficients instead, as printed, a perfect student's x0 would keep a share of the noise.
+    """
+    alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
+    return alpha * eps - sigma * x0
+
+
+def adaptation_loss(v, target):
+    """Mean squared error of v, weight 1: SNR as the weight would vanish at T, where a one-step model lives; [B, C, H, W] twice."""
+    return (v - target).square().mean()
+
+
+def add_differences(base, high, tuned, alpha, beta):
+    """Eq. 7, key by key: base + alpha (high - base) + beta (tuned - base); 1, 1 carries one-step weights to a higher resolution.
+
+    State dicts. What belongs to the resolution alone, missing from one of the others or of another shape there, is high's.
+    """
+    shared = {key for key, value in high.items()
+              if all(key in other and other[key].shape == value.shape for other in (base, tuned))}
+    return {key: torch.lerp(base[key], value, alpha) + beta * (tuned[key] - base[key]) if key in shared else value
+            for key, value in high.items()}
 
 
 # Networks
@@ -242,6 +372,29 @@ class Discriminator(nn.Module):
         h = torch.cat([h, deviation.view(-1, 1, 1, 1).expand(-1, 1, *h.shape[2:])], 1)
         return self.end(F.leaky_relu(self.final(h), 0.2).sum((2, 3)))[:, 0]
 
+class LatentDiscriminator(nn.Module):
+    """D(x, t, c) -> logits [B] on latents: half of a pretrained UNet, all of it trainable, then attention pooling and a head.
+
+    The pooling is CLIP's: the mean of the places asks, all places answer. The last layer starts at zero: logits 0, L_D = 2 ln 2.
+    """
+
+    def __init__(self, unet, size, width=512):
+        super().__init__()
+        channels, places = unet.config.block_out_channels[-1], (size // 2**(len(unet.config.block_out_channels) - 1))**2
+        self.features = HalfUNet(unet).requires_grad_(True)
+        self.norm = nn.GroupNorm(math.gcd(32, channels), channels)
+        self.position = nn.Parameter(torch.randn(1 + places, channels) / channels**0.5)
+        self.attention = nn.MultiheadAttention(channels, max(1, channels // 16), batch_first=True)
+        self.project, self.end = nn.Linear(channels, width), nn.Linear(width, 1)
+        nn.init.zeros_(self.end.weight), nn.init.zeros_(self.end.bias)
+
+    def forward(self, x, t, cond):
+        """x [B, C, H, W], t [B], cond a dict -> logits [B]."""
+        h = F.silu(self.norm(self.features(x, t, cond))).flatten(2).transpose(1, 2)
+        h = torch.cat([h.mean(1, keepdim=True), h], 1) + self.position
+        h = self.attention(h[:, :1], h, h, need_weights=False)[0]
+        return self.end(F.silu(self.project(h)))[:, 0, 0]
+
 
 # Updates
 
@@ -313,20 +466,134 @@ def update_generator(parts, keep_graph, run, config, schedule, distance, generat
     return mean_of(scalars)
 
 
+def predict_x0(denoiser, x_t, t, cond):
+    """G(x_t, t, c) of a pretrained network, whatever it predicts: [B, C, H, W]."""
+    c_skip, c_out = (c.view(-1, 1, 1, 1) for c in boundary(t))
+    return c_skip * x_t + c_out * denoiser.predict(x_t, t, "sample", cond)
+
+
+def predict_from(generator, p, t):
+    """G's prediction from level t of a part's data and noise."""
+    return predict_x0(generator, generator.schedule.add_noise(p["x0"], p["eps"], t), t, p["cond"])
+
+
+def fine_tune_step(iteration, pictures, captions, run, config, codec, codec_d, generator, discriminator, features, parameters,
+                   optimizer_g, optimizer_d):
+    """Steps 1-5 in the latent space, on this rank's pictures [B, 3, H, W] and captions; returns the scalars to log.
+
+    codec_d: whose text encoder conditions D and the frozen features; parameters: those of the generator that are trained.
+    """
+    # 1. Same eps for all three levels.
+    draw, schedule = run.draws(iteration), generator.schedule
+    cond = codec.cond(captions)
+    batch = dict(t=draw.randint(0, len(schedule)), eps=draw.randn(*codec.shape), posterior=draw.randn(*codec.shape), cond=cond,
+                 cond_d=cond if codec_d is codec else codec_d.cond(captions), pictures=pictures)
+    parts = [{name: part_of(value, rows) for name, value in batch.items()} for rows in run.micro_batches]
+    t_real, t_con = (round(offset * len(schedule) / 1000) for offset in (config.real_offset, config.con_offset))
+
+    # 2, 3. As from scratch, one forward of G(x_t, t) serves both updates where its graph can be kept.
+    keep_graph = len(parts) == 1
+    for p in parts:
+        with torch.no_grad():
+            p["x0"] = codec.encode(p["pictures"], p["posterior"])
+        p["t_con"] = (p["t"] - t_con).clamp(min=0)
+        with run.autocast():
+            with torch.set_grad_enabled(keep_graph):
+                p["fake"] = predict_from(generator, p, p["t"])
+            with torch.no_grad():
+                p["real"] = predict_from(generator, p, (p["t"] - t_real).clamp(min=0)) if config.adversary == "self" else p["x0"]
+                p["target"] = predict_from(generator, p, p["t_con"]) if config.lambda_con else None
+
+    scalars = update_latent_discriminator(parts, run, discriminator, optimizer_d)
+    return scalars | update_pretrained(parts, keep_graph, run, config, generator, discriminator, features, parameters, optimizer_g)
+
+
+def update_latent_discriminator(parts, run, discriminator, optimizer):
+    """Step 4 in the latent space; both sides go in with the fake's t and caption."""
+    optimizer.zero_grad()
+    scalars = []
+    for p in parts:
+        with run.autocast():
+            twice = map_cond(lambda v: torch.cat([v, v]), p["cond_d"])
+            logits = discriminator(torch.cat([p["real"], p["fake"].detach()]), torch.cat([p["t"], p["t"]]), twice).float()
+        real_logits, fake_logits = logits.chunk(2)
+        L_D = discriminator_loss(real_logits, fake_logits)
+        (L_D / len(parts)).backward()
+        scalars.append(dict(L_D=L_D, D_real=real_logits.mean(), D_fake=fake_logits.mean()))
+    run.average_gradients(discriminator.parameters())
+    optimizer.step()
+    return mean_of(scalars)
+
+
+def update_pretrained(parts, keep_graph, run, config, generator, discriminator, features, parameters, optimizer):
+    """Step 5 in the latent space, with the weights' limit."""
+    optimizer.zero_grad()
+    discriminator.requires_grad_(False)
+    weight = sqrt_consistency_weight if config.con_weight == "sqrt" else consistency_weight
+    scalars = []
+    for p in parts:
+        with run.autocast():
+            fake = p["fake"] if keep_graph else predict_from(generator, p, p["t"])
+            fake_logits = discriminator(fake, p["t"], p["cond_d"]).float()
+            # Eq. 5; remembered, for fake's features may serve both terms.
+            embed = lru_cache(lambda x: features(x, torch.zeros_like(p["t"]), p["cond_d"]).float())
+            distances = dict(l2=squared_distance, latent=lambda a, b: squared_distance(embed(a), embed(b)))
+            snr_t, snr_con = generator.schedule.snr(p["t"]), generator.schedule.snr(p["t_con"])
+            L_G, losses = generator_loss(
+                fake, p["x0"], p["target"], fake_logits,
+                config.lambda_rec * reconstruction_weight(snr_t).clamp(max=config.weight_limit),
+                config.lambda_con * weight(snr_t, snr_con).clamp(max=config.weight_limit),
+                distances[config.rec_distance], distances[config.con_distance])
+        (L_G / len(parts)).backward()
+        scalars.append(losses)
+    discriminator.requires_grad_(True)
+    run.average_gradients(parameters.values())
+    nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
+    optimizer.step()
+    return mean_of(scalars)
+
+
+def adapt_step(iteration, pictures, captions, run, config, codec, teacher, student, optimizer):
+    """One regression step of section 5.3: the student's v, on its own schedule, onto the teacher's prediction on the teacher's."""
+    draw, cond = run.draws(iteration), codec.cond(captions)
+    t, eps, posterior = draw.randint(0, len(teacher.schedule)), draw.randn(*codec.shape), draw.randn(*codec.shape)
+    optimizer.zero_grad()
+    scalars = []
+    for rows in run.micro_batches:
+        c, t_rows = part_of(cond, rows), t[rows]
+        with torch.no_grad():  # without autocast: x0 carries 1 / alpha_T times the teacher's error
+            x0 = codec.encode(pictures[rows], posterior[rows])
+            x_t = teacher.schedule.add_noise(x0, eps[rows], t_rows)
+            eps_teacher = teacher.predict(x_t, t_rows, "epsilon", c)
+            x0_teacher = teacher.schedule.convert(eps_teacher, x_t, t_rows, "epsilon", "sample")
+            x0_teacher = x0_teacher.clamp(-config.adapt_clamp, config.adapt_clamp)
+            target = adaptation_target(eps_teacher, x0_teacher, student.schedule, t_rows)
+        with run.autocast():
+            v = student.predict(student.schedule.add_noise(x0, eps[rows], t_rows), t_rows, "v_prediction", c)
+        loss = adaptation_loss(v, target)
+        (loss / len(run.micro_batches)).backward()
+        scalars.append(dict(L_adapt=loss))
+    run.average_gradients(student.net.parameters())
+    nn.utils.clip_grad_norm_(student.net.parameters(), config.clip_norm)
+    optimizer.step()
+    return mean_of(scalars)
+
+
 # Sampling
 
 @torch.no_grad()
-def sample(generator, schedule, levels, x_T, z=None, noise=None):
-    """x_T [B, 3, H, W] -> pictures in [-1, 1], one network call a level of `levels` (falling, from T).
+def sample(generator, schedule, levels, x_T, z=None, noise=None, limit=1.0):
+    """x_T [B, C, H, W] -> x0, one network call a level of `levels` (falling, from T); z: the latent, or a pretrained G's condition.
 
-    noise: one [B, 3, H, W] for each level after the first: x_l = alpha_l x0 + sigma_l noise. One level needs none.
+    noise: one [B, C, H, W] for each level after the first: x_l = alpha_l x0 + sigma_l noise. One level needs none.
+    limit: x0 is clamped to +- this, pictures to 1; latents to none.
     """
     x_t = x_T
     for i, level in enumerate(levels):
         if i > 0:
             x_t = schedule.add_noise(x0, noise[i - 1], torch.full_like(t, level))
         t = torch.full((len(x_t),), level, device=x_t.device)
-        x0 = generator(x_t, t, z).clamp(-1, 1)
+        x0 = generator(x_t, t, z).clamp(-limit, limit)
     return x0
 
 
@@ -349,6 +616,23 @@ def draw_chunks(generator, schedule, config, num, nfe, seed, device, chunk=250):
 def draw_samples(*arguments):
     """draw_chunks in one tensor, [num, 3, H, W]."""
     return torch.cat(list(draw_chunks(*arguments)))
+
+
+@torch.no_grad()
+def draw_pictures(denoiser, codec, prompts, nfe, seed, prior=None, start=0):
+    """Yields a pretrained model's few-step pictures for the prompts, in [-1, 1], in chunks, on the CPU.
+
+    prior: an InformativePrior to start from; start: the number of the first picture, which decides its noise.
+    """
+    levels, chunk = sampling_levels(len(denoiser.schedule) - 1, nfe), chunk_for(codec)
+    for first in range(0, len(prompts), chunk):
+        y = prompts[first:first + chunk]
+        draw = Draws(seed, start + first, len(y), slice(None), "cpu")
+        x_T, eps_prime, *noise = (draw.randn(*codec.shape).to(codec.device) for _ in range(1 + nfe))
+        if prior:
+            x_T = prior.start(denoiser.schedule, x_T, eps_prime)
+        x0 = sample(partial(predict_x0, denoiser), denoiser.schedule, levels, x_T, codec.cond(y), noise, limit=math.inf)
+        yield codec.decode(x0).clamp(-1, 1).cpu()
 
 
 def load_generator(run, device="cpu"):
@@ -454,12 +738,205 @@ def export(generator, ema, config, path):
             DDPMPipeline(generator.unet, LCMScheduler(**scheduler_config(config))).save_pretrained(path)
 
 
+# Fine-tuning
+
+def check_fine_tune(config):
+    """Raises UserError on flags that cannot work."""
+    for name, choices in (("adversary", ("self", "data")), ("con_distance", ("latent", "l2")), ("rec_distance", ("latent", "l2")),
+                          ("con_weight", ("sqrt", "snr")), ("nfe", (1, 2, 4))):
+        if getattr(config, name) not in choices:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: unknown; choose one of "
+                            f"{', '.join(str(c) for c in choices)}")
+    for name in ("rank", "real_offset", "con_offset", "lambda_rec", "lambda_con", "adapt_iterations", "generate"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    for name in ("alpha", "prior_num"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if not 0 <= config.ema < 1:
+        raise UserError(f"--ema {config.ema}: must be at least 0 and below 1")
+    if config.generate and not config.generator:
+        raise UserError(f"--generate {config.generate}: needs a --generator that draws the pictures")
+
+
+def prepare_data(config, device):
+    """The folder OUT/data: --generate pictures of --generator, a PNG and its caption each; what is there already is kept."""
+    generator, codec = load(config.generator, device, config.generator_lora)
+    prompts, prior = prompts_of(config, codec), InformativePrior.read(config.generator, device)
+    folder, made_by = Path(config.out) / "data", {k: getattr(config, k) for k in (
+        "generator", "generator_lora", "nfe", "prompts", "dataset", "seed")}
+    rank, world, record = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), folder / "generated.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if record.exists() and json.loads(record.read_text()) != made_by:
+        raise UserError(f"--generate: {folder} was made by {record.read_text().strip()}; repeat these flags, or delete it")
+    if rank == 0:
+        record.write_text(json.dumps(made_by) + "\n")
+    chunk = chunk_for(codec)
+    for number, first in enumerate(range(0, config.generate, chunk)):
+        indices = range(first, min(first + chunk, config.generate))
+        if number % world != rank or (folder / f"{indices[-1]:08d}.txt").exists():  # a chunk's last caption is written last
+            continue
+        y = [prompts[i % len(prompts)] for i in indices]
+        pictures = torch.cat(list(draw_pictures(generator, codec, y, config.nfe, config.seed, prior, first)))
+        pictures = ((pictures / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for i, picture in zip(indices, pictures):
+            Image.fromarray(picture).save(folder / f"{i:08d}.png")
+        for i, caption in zip(indices, y):
+            (folder / f"{i:08d}.txt").write_text(caption + "\n", encoding="utf-8")
+    if world > 1:
+        dist.barrier()
+    return str(folder)
+
+
+@torch.no_grad()
+def estimate_prior(config, codec, dataset):
+    """The InformativePrior of the run's first pictures."""
+    chunk, latents = chunk_for(codec), []
+    for first in range(0, config.prior_num, chunk):
+        order = sample_order(dataset, config.seed, range(first, min(first + chunk, config.prior_num)))
+        pictures = torch.stack([dataset[i]["image"] for i in order]).to(codec.device).float() / 127.5 - 1
+        latents.append(codec.encode(pictures))
+    return InformativePrior.of(torch.cat(latents))
+
+
+def adapt(config, teacher, codec, dataset):
+    """Section 5.3: the teacher as a v-predicting Denoiser with zero terminal SNR, by two regressions; the teacher stays as it is.
+
+    Stage I keeps the schedule (skipped where the teacher predicts v already), stage II rescales it. The result is exported to
+    OUT/adapt-2/pipeline, on which a LoRA trained afterwards belongs.
+    """
+    net = dense_copy(teacher.net, teacher.net.state_dict(), codec.device)
+    stages = {"adapt-1": teacher.schedule, "adapt-2": teacher.schedule.zero_terminal_snr()}
+    if teacher.prediction_type == "v_prediction":
+        stages.pop("adapt-1")
+    # What the adaptation does not depend on may change.
+    free = FREE_FLAGS | {name for name in vars(config) if name not in (
+        "model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed", "batch_size", "weight_decay",
+        "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp")} - {"iterations"}
+    for stage, schedule in stages.items():
+        student = Denoiser(net, schedule, "v_prediction")
+        if config.adapt_iterations:
+            run = Run(replace(config, out=f"{config.out}/{stage}", resume="", iterations=config.adapt_iterations), free=free)
+            net.requires_grad_(True)
+            if config.gradient_checkpointing:
+                enable_checkpointing(net)
+            optimizer = torch.optim.AdamW(net.parameters(), config.adapt_lr, weight_decay=config.weight_decay, fused=True)
+            run.begin(dict(student=net, optimizer=optimizer))
+            for iteration, (pictures, captions) in enumerate(run.batches(dataset), run.start):
+                losses = adapt_step(iteration, pictures, captions, run, config, codec, teacher, student, optimizer)
+                if run.finish_iteration(iteration, losses):
+                    break
+            run.end()
+    net.requires_grad_(False)
+    if int(os.environ.get("RANK", 0)) == 0:
+        export_one_step(codec, net, "v_prediction", Path(config.out) / "adapt-2" / "pipeline", zero_snr=True)
+    return student
+
+
+def fine_tune(config):
+    """A whole run on a pretrained pipeline: its data where --generate asks for it, the adaptation, the training."""
+    check_fine_tune(config)
+    device = choose_device(config.device)
+    start_processes(device)
+    teacher, codec = load(config.model, device, config.lora)
+    if codec.vae is None:
+        raise UserError(f"--model {config.model}: works on pixels; give an SD, SDXL or PixArt pipeline")
+    half, codec_d = load(config.discriminator, device) if config.discriminator else (teacher, codec)
+    if not isinstance(half.net, UNet2DConditionModel):
+        raise UserError(f"--discriminator: {config.discriminator or config.model} has no UNet to make one from; "
+                        "give SD 1.5, which has the same latents")
+    if codec_d.shape[0] != codec.shape[0]:
+        raise UserError(f"--discriminator {config.discriminator}: works on {codec_d.shape[0]} channels, --model on {codec.shape[0]}")
+    run = Run(config)
+    dataset = load_dataset(prepare_data(config, device) if config.generate else config.dataset, codec.picture_size, config.seed)
+    train_pretrained(run, config, teacher, codec, half, codec_d, dataset)
+
+
+def train_pretrained(run, config, teacher, codec, half, codec_d, dataset):
+    """The training on Eq. 6; exports the averaged generator to OUT/pipeline and draws OUT/comparison.png."""
+    captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
+    codec.warn_of_long(captions)
+    prior, rows = estimate_prior(config, codec, dataset), original_pictures(config, teacher, codec, captions[:8])
+    start = adapt(config, teacher, codec, dataset) if config.adapt else teacher
+    # The frozen half shares the weights of a network that stays frozen too.
+    features = HalfUNet(half.net, share=config.rank > 0 or half.net is not start.net)
+    discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(run.device)
+    if config.rank:
+        generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
+        parameters = add_lora(start.net, "student", config.rank, config.alpha)
+    else:
+        generator, parameters = start, Weights(start.net.requires_grad_(True).named_parameters())
+    if config.gradient_checkpointing:
+        enable_checkpointing(generator.net)
+        enable_checkpointing(discriminator.features.unet)
+    if config.compile:
+        for network in (discriminator, features, *(() if config.rank else (generator.net,))):
+            network.compile()
+    ema = EMA(parameters.items(), config.ema)
+    optimizer_g = torch.optim.AdamW(parameters.values(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+    optimizer_d = torch.optim.AdamW(discriminator.parameters(), config.lr_d, betas=(0.0, 0.999), weight_decay=config.weight_decay,
+                                    fused=True)
+    run.begin(dict(generator=parameters, discriminator=discriminator, ema=ema, optimizer_g=optimizer_g, optimizer_d=optimizer_d))
+
+    for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
+        losses = fine_tune_step(iteration, pictures, texts, run, config, codec, codec_d, generator, discriminator, features, parameters,
+                                optimizer_g, optimizer_d)
+        ema.update()  # 6.
+        if (iteration + 1) % config.sample_every == 0 and run.rank == 0:
+            with ema.applied():
+                save_grid(torch.cat(list(draw_pictures(generator, codec, captions, 1, 0, prior))),
+                          run.out / "samples" / f"{iteration + 1:07d}.png")
+        if run.finish_iteration(iteration, losses):
+            break
+    run.end()
+    if run.rank == 0:
+        export_student(codec, generator, ema, run.out, zero_snr=config.adapt, prior=prior)
+        with ema.applied():
+            rows += [picture for nfe in (1, 2, 4) for picture in draw_pictures(generator, codec, captions[:8], nfe, 0, prior)]
+        save_grid(torch.cat(rows), run.out / "comparison.png")
+        print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, YOSO 1, 2 and 4 steps\n"
+              f"{run.out}/pipeline: a diffusers pipeline for 1, 2 or 4 steps")
+
+
+@torch.no_grad()
+def original_pictures(config, teacher, codec, captions):
+    """What is fine-tuned, as it was: pictures of 1 and of 25 DDIM steps."""
+    z = Draws(0, 0, len(captions), slice(None), "cpu").randn(*codec.shape).to(codec.device)
+    arguments = codec.cond(captions), codec.null(len(captions)), config.teacher_guidance
+    return [codec.decode(ddim_sample(teacher, z, steps, *arguments)).clamp(-1, 1).cpu() for steps in (1, 25)]
+
+
 # Main
+
+def merge_command(argv):
+    """`python yoso.py merge`: Eq. 7 on three pipelines of one architecture, written as a pipeline."""
+    parser = argparse.ArgumentParser(prog="yoso.py merge", description="base + alpha (high - base) + beta (tuned - base), key by key.",
+                                     allow_abbrev=False)
+    parser.add_argument("--base", required=True, help="the pretrained pipeline")
+    parser.add_argument("--high", required=True, help="the same at a higher resolution, or any other fine-tune of it")
+    parser.add_argument("--tuned", required=True, help="YOSO's, trained from --base")
+    parser.add_argument("--alpha", type=float, default=1.0, help="factor on high - base; paper: 1")
+    parser.add_argument("--beta", type=float, default=1.0, help="factor on tuned - base; paper: 1")
+    parser.add_argument("--out", required=True, help="folder of the merged pipeline, with --tuned's scheduler")
+    args = parser.parse_args(argv)
+    if Path(args.out).exists():
+        raise UserError(f"--out {args.out}: exists already; choose a new folder")
+    (base, _), (high, codec), (tuned, _) = (load(path) for path in (args.base, args.high, args.tuned))
+    if len({type(model.net) for model in (base, high, tuned)}) > 1:
+        raise UserError("--base, --high and --tuned: must be of one architecture")
+    state = add_differences(*(model.net.state_dict() for model in (base, high, tuned)), args.alpha, args.beta)
+    zero_snr = tuned.schedule.alpha[-1].item() < 1e-3
+    export_one_step(codec, dense_copy(high.net, state, "cpu"), tuned.prediction_type, args.out, zero_snr=zero_snr)
+    print(f"{args.out}: a diffusers pipeline for 1, 2 or 4 steps")
+
 
 def sample_command(argv):
     """`python yoso.py sample`: a grid of a finished or running run's samples."""
     parser = argparse.ArgumentParser(prog="yoso.py sample", description="Samples of a finished or running run.", allow_abbrev=False)
     parser.add_argument("--run", default="runs/yoso", help="the run's folder")
+    parser.add_argument("--prompts", nargs="+", help="of a fine-tuned model, in turn; default: its dataset's captions")
+    parser.add_argument("--prior", action=argparse.BooleanOptionalAction, default=True,
+                        help="start a fine-tuned model from its informative prior")
     parser.add_argument("--num", type=int, default=64, help="number of pictures")
     parser.add_argument("--nfe", type=int, default=1, help="network calls a picture")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -469,19 +946,45 @@ def sample_command(argv):
     if args.num < 1:
         raise UserError(f"--num {args.num}: must be at least 1")
     device = choose_device(args.device)
-    generator, schedule, config = load_generator(args.run, device)
+    settings = Path(args.run) / "config.json"
+    if settings.exists() and "model" in json.loads(settings.read_text()):
+        images = sample_fine_tuned(args, device)
+    elif args.prompts:
+        raise UserError(f"--prompts: {args.run} was trained without captions")
+    else:
+        generator, schedule, config = load_generator(args.run, device)
+        images = draw_samples(generator, schedule, config, args.num, args.nfe, args.seed, device)
     try:
-        save_grid(draw_samples(generator, schedule, config, args.num, args.nfe, args.seed, device), args.grid)
+        save_grid(images, args.grid)
     except (OSError, ValueError) as error:
         raise UserError(f"--grid {args.grid}: cannot be written ({error})")
     print(f"{args.num} samples with {args.nfe} network call(s): {args.grid}")
 
 
+def sample_fine_tuned(args, device):
+    """Pictures of a finished fine-tuning run, [num, 3, H, W]."""
+    if args.nfe not in (1, 2, 4):
+        raise UserError(f"--nfe {args.nfe}: choose 1, 2 or 4")
+    pipeline = Path(args.run) / "pipeline"
+    if not pipeline.exists():
+        raise UserError(f"--run {args.run}: not finished; see its samples/ while it runs")
+    denoiser, codec = load(pipeline, device)
+    config = FineTune(**json.loads((Path(args.run) / "config.json").read_text()))
+    prompts = args.prompts or prompts_of(config, codec)
+    prior = InformativePrior.read(pipeline, device) if args.prior else None
+    return torch.cat(list(draw_pictures(denoiser, codec, [prompts[i % len(prompts)] for i in range(args.num)], args.nfe, args.seed, prior)))
+
+
 def main(argv):
-    """`sample` or, by default, `train`."""
+    """`sample`, `merge` or, by default, `train`: from scratch, or with --model a fine-tuning, which has other flags."""
     if argv[:1] == ["sample"]:
         return sample_command(argv[1:])
-    train(parse_config(Config, PRESETS, argv[1:] if argv[:1] == ["train"] else argv, __doc__.splitlines()[0]))
+    if argv[:1] == ["merge"]:
+        return merge_command(argv[1:])
+    argv = argv[1:] if argv[:1] == ["train"] else argv
+    if any(word.split("=")[0] == "--model" for word in argv):
+        return fine_tune(parse_config(FineTune, FINE_TUNE_PRESETS, argv, __doc__.splitlines()[0], preset_of))
+    train(parse_config(Config, PRESETS, argv, "From scratch; a pretrained pipeline's flags: yoso.py --model PIPELINE --help."))
 
 
 if __name__ == "__main__":
