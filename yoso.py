@@ -486,8 +486,8 @@ def fine_tune_step(iteration, pictures, captions, run, config, codec, codec_d, g
     # 1. Same eps for all three levels.
     draw, schedule = run.draws(iteration), generator.schedule
     cond = codec.cond(captions)
-    batch = dict(t=draw.randint(0, len(schedule)), eps=draw.randn(*codec.shape), posterior=draw.randn(*codec.shape), cond=cond,
-                 cond_d=cond if codec_d is codec else codec_d.cond(captions), pictures=pictures)
+    batch = dict(t=draw.randint(0, len(schedule)), eps=draw.randn(*codec.shape), pictures=pictures, cond=cond,
+                 cond_d=cond if codec_d is codec else codec_d.cond(captions))
     parts = [{name: part_of(value, rows) for name, value in batch.items()} for rows in run.micro_batches]
     t_real, t_con = (round(offset * len(schedule) / 1000) for offset in (config.real_offset, config.con_offset))
 
@@ -495,7 +495,7 @@ def fine_tune_step(iteration, pictures, captions, run, config, codec, codec_d, g
     keep_graph = len(parts) == 1
     for p in parts:
         with torch.no_grad():
-            p["x0"] = codec.encode(p["pictures"], p["posterior"])
+            p["x0"] = codec.encode(p["pictures"])  # the posterior's mean: D would take its noise for a mark of what is real
         p["t_con"] = (p["t"] - t_con).clamp(min=0)
         with run.autocast():
             with torch.set_grad_enabled(keep_graph):
@@ -556,13 +556,13 @@ def update_pretrained(parts, keep_graph, run, config, generator, discriminator, 
 def adapt_step(iteration, pictures, captions, run, config, codec, teacher, student, optimizer):
     """One regression step of section 5.3: the student's v, on its own schedule, onto the teacher's prediction on the teacher's."""
     draw, cond = run.draws(iteration), codec.cond(captions)
-    t, eps, posterior = draw.randint(0, len(teacher.schedule)), draw.randn(*codec.shape), draw.randn(*codec.shape)
+    t, eps = draw.randint(0, len(teacher.schedule)), draw.randn(*codec.shape)
     optimizer.zero_grad()
     scalars = []
     for rows in run.micro_batches:
         c, t_rows = part_of(cond, rows), t[rows]
         with torch.no_grad():  # without autocast: x0 carries 1 / alpha_T times the teacher's error
-            x0 = codec.encode(pictures[rows], posterior[rows])
+            x0 = codec.encode(pictures[rows])
             x_t = teacher.schedule.add_noise(x0, eps[rows], t_rows)
             eps_teacher = teacher.predict(x_t, t_rows, "epsilon", c)
             x0_teacher = teacher.schedule.convert(eps_teacher, x_t, t_rows, "epsilon", "sample")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
-from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, Shapes, UserError, choose_device, coverage,
+from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, InformativePrior, Shapes, UserError, choose_device, coverage,
                     ddim_sample, load, load_dataset, load_prompts, load_scorer, run_command, sample_order)
 
 # The largest share of a shape's contrast that the best drawing may leave unexplained. Measured on real drawings of 16 x 16:
@@ -244,6 +244,13 @@ def model_chunks(denoiser, codec, prompts, steps, guidance, seed, device):
         yield to_uint8(codec.decode(x0)), captions
 
 
+def few_step_chunks(denoiser, codec, prompts, nfe, prior, seed):
+    """A one-step pipeline's pictures for the prompts with nfe network calls: predict, add noise, predict."""
+    texts = iter(prompts)
+    for pictures in yoso.draw_pictures(denoiser, codec, prompts, nfe, seed, prior):
+        yield to_uint8(pictures), [next(texts) for _ in pictures]
+
+
 def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
     """Goes once over chunks of pictures; embed: {name: function of uint8 pictures}, scorers: {name: Scorer}.
 
@@ -271,17 +278,24 @@ def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
     return features, scores, {k: torch.cat([r[k] for r in read]) for k in read[0]} if read else None
 
 
-def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=1, steps=25, guidance=1.0,
-             seed=0, size=32, features="random-conv", clip=None, reward=None, judge=None, save=None, device="auto"):
+def is_from_scratch(run):
+    """Whether a run's folder is of yoso.py without --model, whose checkpoint is sampled, and not of a pipeline's training."""
+    config = Path(run) / "config.json"
+    return config.exists() and "model" not in json.loads(config.read_text())
+
+
+def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=None, steps=25, guidance=1.0,
+             prior=True, seed=0, size=32, features="random-conv", clip=None, reward=None, judge=None, save=None, device="auto"):
     """The report, as a dict; the arguments are the command's flags."""
     if num < 5:
         raise UserError(f"--num {num}: a distance needs at least 5 pictures")
     device, wanted = choose_device(device), None
     embed = {prefix: load_features(name, device) for prefix, name in (("", features), ("judge_", judge)) if name}
     scorers = {name: load_scorer(path, device) for name, path in (("clip", clip), ("reward", reward), ("judge", judge)) if path}
-    if run and not (Path(run) / "checkpoint").exists() and (Path(run) / "pipeline").exists():
-        run, model, steps = None, Path(run) / "pipeline", nfe  # a finished run of the distillation scripts
+    if run and (Path(run) / "pipeline" / "model_index.json").exists() and not is_from_scratch(run):
+        run, model, nfe = None, Path(run) / "pipeline", nfe or 1
     if run:
+        nfe = nfe or 1
         dataset = dataset or yoso.load_generator(run)[2].dataset
         chunks, source = run_chunks(run, num, nfe, seed, device), dict(run=str(run), nfe=nfe, seed=seed)
         size = yoso.load_generator(run)[2].image_size
@@ -302,9 +316,14 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
             texts = Shapes(size).captions(wanted)
         else:
             texts = [text for _, captions in dataset_chunks(load_dataset(dataset, size), num, PROMPT_SEED) for text in captions]
-        chunks = model_chunks(denoiser, codec, texts, steps, guidance, seed, device)
-        source = dict(model=str(model), steps=steps, sampler="ddim", guidance=guidance, seed=seed,
-                      prompts=str(prompts) if prompts else f"captions of {dataset}, seed {PROMPT_SEED}")
+        source = dict(model=str(model), seed=seed, prompts=str(prompts) if prompts else f"captions of {dataset}, seed {PROMPT_SEED}")
+        if nfe:
+            start = InformativePrior.read(model, device) if prior else None
+            chunks = few_step_chunks(denoiser, codec, texts, nfe, start, seed)
+            source |= dict(steps=nfe, sampler="predict and renoise", informative_prior=start is not None)
+        else:
+            chunks = model_chunks(denoiser, codec, texts, steps, guidance, seed, device)
+            source |= dict(steps=steps, sampler="ddim", guidance=guidance)
     else:
         if not Path(images).is_dir():
             raise UserError(f"--images {images}: there is no such folder")
@@ -339,7 +358,9 @@ def main(argv):
     parser.add_argument("--prompts", help="with --model: a file of prompts, instead of the dataset's captions")
     parser.add_argument("--lora", default="", help="with --model: LoRA weights on top")
     parser.add_argument("--num", type=int, default=1000, help="number of pictures on both sides")
-    parser.add_argument("--nfe", type=int, default=1, help="with --run: network calls a sample")
+    parser.add_argument("--nfe", type=int, help="network calls a sample of a one-step model (1 with --run); with --model instead of --steps")
+    parser.add_argument("--prior", action=argparse.BooleanOptionalAction, default=True,
+                        help="with --nfe: start from the informative prior where the pipeline has one")
     parser.add_argument("--steps", type=int, default=25, help="with --model: DDIM steps")
     parser.add_argument("--guidance", type=float, default=1.0, help="with --model: guidance scale, 1: none")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
