@@ -789,13 +789,14 @@ class Shapes(Dataset):
     """The embedded dataset: one soft-edged shape a picture, drawn by rule; picture i is a function of (seed, i), without end.
 
     A sample is {"image": uint8 [3, size, size], "caption": "a large red circle on white", "skipped": []}.
+    rolled: another palette for the same captions: what they call red is drawn in the next colour, and so on, backgrounds too.
     """
 
     endless = True
     classes = []
 
-    def __init__(self, size, seed=0):
-        self.size, self.seed = size, seed
+    def __init__(self, size, seed=0, rolled=False):
+        self.size, self.seed, self.rolled = size, seed, rolled
 
     def attributes(self, indices, like=None):
         """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y (picture units).
@@ -824,9 +825,15 @@ class Shapes(Dataset):
         keys = zip(*(attributes[k].tolist() for k in ("scale", "colour", "shape", "background")))
         return ["a {} {} {} on {}".format(*(n[k] for n, k in zip(names, key))) for key in keys]
 
+    def shown(self, attributes):
+        """attributes, as above, with the colour and background that are seen in place of those that are said."""
+        seen = dict(colour=(attributes["colour"] + self.rolled) % len(COLOURS),
+                    background=(attributes["background"] + self.rolled) % len(BACKGROUNDS))
+        return attributes | seen
+
     def draw(self, attributes):
         """attributes, as above -> uint8 pictures [N, 3, size, size]."""
-        a = attributes
+        a = self.shown(attributes)
         mask = coverage(a["shape"], a["radius"], a["x"], a["y"], self.size)[:, None]
         colour = torch.tensor(list(COLOURS.values()))[a["colour"]][:, :, None, None]
         background = torch.tensor(list(BACKGROUNDS.values()))[a["background"]][:, :, None, None]
@@ -923,12 +930,12 @@ class Cifar10(Dataset):
 
 
 def load_dataset(name, size, seed=0):
-    """"shapes", "cifar10" or a folder -> a Dataset of {"image": uint8 [3, size, size], "caption": str, "skipped": [paths]}.
+    """"shapes", "shapes-rolled", "cifar10" or a folder -> a Dataset of {"image": uint8 [3, size, size], "caption": str, "skipped": [paths]}.
 
     Raises UserError if there is no such dataset, or no readable picture in it.
     """
-    if name == "shapes":
-        return Shapes(size, seed)
+    if name in ("shapes", "shapes-rolled"):
+        return Shapes(size, seed, name == "shapes-rolled")
     if name == "cifar10":
         return Cifar10(size)
     if not Path(name).is_dir():
@@ -1454,7 +1461,7 @@ def prompts_of(config, codec):
         return [""]
     elif codec.classes:
         return [f"a photo of a {name}" for name in codec.classes]
-    elif config.dataset == "shapes":
+    elif config.dataset in ("shapes", "shapes-rolled"):
         prompts = Shapes.all_captions()
     else:
         dataset = load_dataset(config.dataset, codec.picture_size, config.seed)

@@ -14,7 +14,9 @@ import ablate
 import benchmark
 import common
 import evaluate
+import pretrain
 import swiftbrush_v2
+import tiny
 from common import Shapes
 from test_run import config, finished  # noqa: F401
 
@@ -81,6 +83,29 @@ def test_evaluate_two_folders(tmp_path):
     embed = evaluate.load_features("random-conv")
     direct = evaluate.distances(embed(drawings(40, 1)), embed(drawings(40, 2)))
     assert report["frechet"] == pytest.approx(direct["frechet"], rel=1e-6)
+
+
+def test_another_palette_is_read_as_what_it_shows():
+    """Rolled drawings are the same drawings in the next colours, and all right by their own attributes."""
+    plain, rolled = common.load_dataset("shapes", 32), common.load_dataset("shapes-rolled", 32)
+    attributes = plain.attributes(range(100))
+    assert rolled.captions(attributes) == plain.captions(attributes) and not torch.equal(rolled.draw(attributes), plain.draw(attributes))
+    assert torch.equal(rolled.draw(attributes), plain.draw(rolled.shown(attributes)))
+    read = evaluate.shapes_report(rolled.draw(attributes), rolled.shown(attributes))
+    assert read["right"] == 1 and evaluate.shapes_report(rolled.draw(attributes), attributes)["right"] == 0
+
+
+def test_a_base_is_trained_on(tmp_path):
+    """Another palette and PixArt's schedule: the UNet moves, nothing else does."""
+    tiny.sd().save_pretrained(tmp_path / "sd")
+    pretrain.main(["--base", str(tmp_path / "sd"), "--dataset", "shapes-rolled", "--schedule", "pixart", "--scale", "0.001", "--device", "cpu",
+                   "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")])
+    (before, codec), (after, other) = common.load(tmp_path / "sd"), common.load(tmp_path / "out")
+    assert after.schedule.alpha[-1].item() == pytest.approx(0.00635282, rel=1e-4)
+    assert any(not torch.equal(v, before.net.state_dict()[k]) for k, v in after.net.state_dict().items())
+    assert all(torch.equal(v, codec.vae.state_dict()[k]) for k, v in other.vae.state_dict().items())
+    with pytest.raises(common.UserError, match="--schedule cosine"):
+        pretrain.main(["--base", str(tmp_path / "sd"), "--schedule", "cosine", "--out", str(tmp_path / "no")])
 
 
 def test_ablation_rows_are_kept_and_failures_named(tmp_path, monkeypatch):

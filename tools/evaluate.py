@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
-from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, InformativePrior, Shapes, UserError, choose_device, coverage,
-                    ddim_sample, load, load_dataset, load_prompts, load_scorer, run_command, sample_order)
+from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, InformativePrior, UserError, choose_device,
+                    coverage, ddim_sample, load, load_dataset, load_prompts, load_scorer, run_command, sample_order)
 
 # The largest share of a shape's contrast that the best drawing may leave unexplained. Measured on real drawings of 16 x 16:
 # the best triangle for a disc or square leaves 0.21 or more, the best square for a disc 0.06 to 0.08. So CLEAN (one shape of
@@ -311,9 +311,10 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
             texts = load_prompts(prompts)
             codec.warn_of_long(texts)
             texts = [texts[i % len(texts)] for i in range(num)]
-        elif dataset == "shapes":
-            wanted = Shapes(size, PROMPT_SEED).attributes(range(num))
-            texts = Shapes(size).captions(wanted)
+        elif dataset.startswith("shapes"):
+            asked = load_dataset(dataset, size, PROMPT_SEED)
+            attributes = asked.attributes(range(num))
+            texts, wanted = asked.captions(attributes), asked.shown(attributes)
         else:
             texts = [text for _, captions in dataset_chunks(load_dataset(dataset, size), num, PROMPT_SEED) for text in captions]
         source = dict(model=str(model), seed=seed, prompts=str(prompts) if prompts else f"captions of {dataset}, seed {PROMPT_SEED}")
@@ -330,16 +331,16 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
         folder = Folder(images, size)
         num = min(num, len(folder))
         chunks, source = dataset_chunks(folder, num), dict(images=str(images))
-    reference = Shapes(size, REFERENCE_SEED) if dataset == "shapes" else load_dataset(dataset, size)
+    reference = load_dataset(dataset, size, REFERENCE_SEED)
     reference_num = num if reference.endless else min(num, len(reference))
     if save:
         save = Path(save)
         if save.exists():
             raise UserError(f"--save {save}: exists already; choose a new folder")
         save.mkdir(parents=True)
-    generated, scores, read = measure(chunks, num, embed, scorers, dataset == "shapes", save, "generated")
+    generated, scores, read = measure(chunks, num, embed, scorers, reference.endless, save, "generated")
     real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None, "reference")
-    protocol = f"shapes, seed {REFERENCE_SEED}" if dataset == "shapes" else "first pictures in the order of seed 0"
+    protocol = f"{dataset}, seed {REFERENCE_SEED}" if reference.endless else "first pictures in the order of seed 0"
     report = dict(**source, dataset=str(dataset), size=size, num=num, reference_num=reference_num, reference=protocol,
                   features=str(features), torch_fidelity=torch_fidelity.__version__)
     for prefix in embed:
@@ -354,7 +355,7 @@ def main(argv):
     parser.add_argument("--run", help="a run: its samples with --nfe network calls are measured")
     parser.add_argument("--model", help="a pipeline (directory or hub id): its pictures are measured")
     parser.add_argument("--images", help="a folder of pictures to measure")
-    parser.add_argument("--dataset", help="the reference: shapes, cifar10 or a folder (default: the run's own, or shapes)")
+    parser.add_argument("--dataset", help="the reference: shapes, shapes-rolled, cifar10 or a folder (default: the run's own, or shapes)")
     parser.add_argument("--prompts", help="with --model: a file of prompts, instead of the dataset's captions")
     parser.add_argument("--lora", default="", help="with --model: LoRA weights on top")
     parser.add_argument("--num", type=int, default=1000, help="number of pictures on both sides")

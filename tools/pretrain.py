@@ -2,6 +2,8 @@
 
     python tools/pretrain.py                                           the mini models of assets/, from drawn shapes
     python tools/pretrain.py --dataset cifar10 --out runs/teacher      a class-conditional teacher in pixel space
+    python tools/pretrain.py --base assets/mini-sd --schedule pixart --out runs/mini-linear           PixArt's noise schedule
+    python tools/pretrain.py --base assets/mini-sd --dataset shapes-rolled --out runs/mini-rolled     a base of another palette
 
 The mini models are ordinary diffusers and transformers directories, float16 safetensors, 32 x 32 pictures:
   mini-clip       CLIPModel + processor: pictures against captions
@@ -29,11 +31,12 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import (BACKGROUNDS, COLOURS, EMA, FREE_FLAGS, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError,
-                    choose_device, class_labels, flag, load_dataset, parse_config, run_command, start_processes, write_folder)
+                    choose_device, class_labels, flag, load, load_dataset, parse_config, run_command, start_processes, write_folder)
 
 IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
 SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
                    set_alpha_to_one=True, timestep_spacing="trailing")
+PIXART_SCHEDULE = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 NULL_SHARE = 0.1  # of captions replaced by the empty one, so that guidance has something to subtract; SD: 10 %
 HELD_OUT_SEED = 20_000  # drawings that no training sees
 
@@ -41,7 +44,9 @@ HELD_OUT_SEED = 20_000  # drawings that no training sees
 @dataclass
 class Config:
     """One field a flag; the text is also its --help."""
-    dataset: str = flag("shapes", "shapes: the mini models; cifar10 or a folder by class: a teacher in pixel space")
+    dataset: str = flag("shapes", "shapes: the mini models; cifar10 or a folder by class: a teacher in pixel space; with --base, any")
+    base: str = flag("", "train the UNet of this Stable Diffusion on, on --dataset and for --schedule, instead")
+    schedule: str = flag("", "with --base, the noise levels: its own, sd (scaled linear) or pixart (linear)")
     preset: str = flag("shapes", "sizes of a teacher: shapes, small; cifar10, DDPM's, for a GPU")
     out: str = flag("assets", "folder of the mini models; for a teacher, its own folder")
     runs: str = flag("runs/pretrain", "folder of the training itself, from which an interrupted one continues")
@@ -50,7 +55,7 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "fp32, or bf16 for the networks")
     workers: int = flag(0, "processes that read pictures")
-    iterations: int = flag(20_000, "of a teacher; those of the mini models stand in PARTS")
+    iterations: int = flag(20_000, "of a teacher; those of the mini models and of --base stand in PARTS")
     batch_size: int = flag(64, "of a teacher")
     lr: float = flag(5e-4, "of a teacher")
     image_size: int = flag(32, "pixels of a teacher")
@@ -68,6 +73,7 @@ PARTS = {
     "judge": (2500, 128, 1e-3),
     "pickscore": (1500, 128, 3e-4),
     "unet": (9000, 64, 1e-3),
+    "base": (2000, 64, 5e-4),
 }
 
 
@@ -87,6 +93,8 @@ class Part:
     image_size: int
     channels: tuple
     attention: bool
+    base: str
+    schedule: str
     resume: str = ""
     micro_batch: int = 0
     log_every: int = 50
@@ -118,6 +126,18 @@ def preference_loss(score_better, score_worse):
     return F.softplus(score_worse - score_better).mean()
 
 
+def epsilon_loss(unet, schedule, x0, cond, draw):
+    """Denoising score matching on latents x0 [B, C, H, W] with the condition: mean squared error in epsilon."""
+    t, eps = draw.randint(0, len(schedule)), draw.randn(*x0.shape[1:])
+    return (unet(schedule.add_noise(x0, eps, t), t, **cond).sample - eps).square().mean()
+
+
+def emptied(captions, draw):
+    """The captions, a share of them empty."""
+    drop = (draw.rand() < NULL_SHARE).tolist()
+    return ["" if dropped else caption for dropped, caption in zip(drop, captions)]
+
+
 def distance_from_middle(attributes):
     """The stated taste: the nearer the shape's centre lies to the middle of the picture, the better; [N], picture units."""
     return torch.hypot(attributes["x"] - 0.5, attributes["y"] - 0.5)
@@ -133,7 +153,8 @@ def train(config, name, build, loss_of, dataset):
     iterations, batch_size, lr = PARTS.get(name, (config.iterations, config.batch_size, config.lr))
     iterations = max(1, round(iterations * config.scale))
     part = Part(str(Path(config.runs) / name), iterations, batch_size, lr, config.scale, config.seed, config.device,
-                config.precision, config.workers, config.dataset, config.image_size, config.channels, config.attention)
+                config.precision, config.workers, config.dataset, config.image_size, config.channels, config.attention,
+                config.base, config.schedule)
     run = Run(part, free=FREE_FLAGS - {"iterations"})
     module = build().to(run.device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
@@ -287,15 +308,11 @@ def train_mini_models(config):
     schedule = NoiseSchedule.from_config(scheduler.config).to(device)
 
     def loss_of_unet(unet, x0, captions, draw, first):
-        drop = (draw.rand() < NULL_SHARE).tolist()
-        captions = ["" if dropped else caption for dropped, caption in zip(drop, captions)]
         with torch.no_grad():
             # The mean: where a drawing is flat the posterior is as wide as the prior, noise that the UNet would have to learn.
             latents = vae.encode(x0).latent_dist.mean * vae.config.scaling_factor
-            text = text_encoder(tokens_of(tokenizer, captions, device)).last_hidden_state
-        t, eps = draw.randint(0, len(schedule)), draw.randn(LATENT_CHANNELS, LATENT, LATENT)
-        prediction = unet(schedule.add_noise(latents, eps, t), t, text).sample
-        return (prediction - eps).square().mean(), {}
+            text = text_encoder(tokens_of(tokenizer, emptied(captions, draw), device)).last_hidden_state
+        return epsilon_loss(unet, schedule, latents, dict(encoder_hidden_states=text), draw), {}
 
     unet = train(config, "unet", build_unet, loss_of_unet, shapes)
 
@@ -345,6 +362,28 @@ def measure_pickscore(pickscore, tokenizer, num=2000):
     return report
 
 
+# A pipeline that goes on from another
+
+def train_base(config):
+    """--base with its UNet trained on, on other data or for other noise levels; everything else stays as it is."""
+    denoiser, codec = load(config.base, choose_device(config.device))
+    if not isinstance(denoiser.net, UNet2DConditionModel) or denoiser.prediction_type != "epsilon":
+        raise UserError(f"--base {config.base}: give a Stable Diffusion that predicts epsilon")
+    if config.schedule not in ("", "sd", "pixart"):
+        raise UserError(f"--schedule {config.schedule}: unknown; choose sd or pixart")
+    levels = {"": {}, "sd": SD_SCHEDULE, "pixart": PIXART_SCHEDULE}[config.schedule]
+    scheduler = DDIMScheduler.from_config(codec.pipe.scheduler.config, **levels)
+    schedule = NoiseSchedule.from_config(scheduler.config).to(codec.device)
+
+    def loss_of(unet, x0, captions, draw, first):
+        return epsilon_loss(unet, schedule, codec.encode(x0).detach(), codec.cond(emptied(captions, draw)), draw), {}
+
+    dataset, runs = load_dataset(config.dataset, codec.picture_size, config.seed), str(Path(config.runs) / Path(config.out).name)
+    unet = train(replace(config, runs=runs), "base", lambda: denoiser.net, loss_of, dataset)
+    codec.pipe.register_modules(unet=unet, scheduler=scheduler)
+    write(Path(config.out), codec.pipe.save_pretrained)
+
+
 # The pixel-space teacher
 
 def train_pixel_teacher(config):
@@ -384,7 +423,9 @@ def main(argv):
     """The mini models, or a teacher for pictures."""
     config = parse_config(Config, PRESETS, argv, __doc__.splitlines()[0])
     start_processes(choose_device(config.device))  # before CIFAR-10 is downloaded, by one of them
-    if config.dataset == "shapes":
+    if config.base:
+        train_base(config)
+    elif config.dataset == "shapes":
         train_mini_models(config)
     else:
         train_pixel_teacher(config)
