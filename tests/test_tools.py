@@ -13,6 +13,7 @@ from PIL import Image
 import ablate
 import benchmark
 import common
+import diff_instruct_star
 import evaluate
 import pretrain
 import swiftbrush_v2
@@ -150,6 +151,16 @@ def test_benchmark_of_swiftbrush(tmp_path, stage):
     assert networks["teacher"] is networks["lora_teacher"] and (networks["student"] is networks["teacher"]) == (stage == "b")
     separate = benchmark.swiftbrush_parts(config, tmp_path / "separate", True)[1]
     assert separate["teacher"] is not separate["lora_teacher"]
+
+
+def test_benchmark_of_diff_instruct(tmp_path):
+    """Every part runs; one plain backward pass holds the graphs of divergence and reward together, the leaf trick does not."""
+    config = diff_instruct_star.Config(**diff_instruct_star.PRESETS["shapes"] | dict(batch_size=8, device="cpu"))
+    parts, networks, device = benchmark.diff_instruct_parts(config, tmp_path / "run")
+    assert all(t > 0 for t in benchmark.time_parts(parts, 1, device).values())
+    assert len({id(network) for network in networks.values()}) == 3
+    leaf, plain = (benchmark.peak_of_steps(benchmark.diff_instruct_parts, config, tmp_path / str(p), p) for p in (False, True))
+    assert leaf < plain
 
 
 def test_every_command_of_the_readme_has_existing_flags():

@@ -3,6 +3,7 @@
     python tools/benchmark.py yoso --preset shapes
     python tools/benchmark.py yoso --preset cifar10 --batch-size 16 --repeats 3 --json cifar10.json
     python tools/benchmark.py swiftbrush_v2 --stage a            also with the LoRA teacher as a copy of the frozen network
+    python tools/benchmark.py diff_instruct_star                 also with one backward pass in place of the leaf trick
 
 Absolute times depend on the machine and wander; the ratios hold. Medians over --repeats after two warm-up rounds, the
 parts taken in turn so that a slow moment hits all of them. Memory: the most bytes that the tensors of building and two steps held
@@ -24,12 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import diff_instruct_star
 import swiftbrush_v2
 import yoso
 from common import (EMA, Denoiser, NoiseSchedule, Run, UserError, Weights, add_lora, enable_checkpointing, load, load_decoder,
                     load_scorer, parse_config, run_command)
 
-SEPARATE = "step with a separate LoRA teacher"
+SEPARATE, PLAIN = "step with a separate LoRA teacher", "step with one plain backward pass"
 
 
 def synchronise(device):
@@ -178,6 +180,102 @@ def swiftbrush_parts(config, folder, separate=False):
     return parts, networks, device
 
 
+def diff_instruct_parts(config, folder, plain=False):
+    """The passes of one Diff-Instruct* iteration, each alone, and the iteration itself; as yoso_parts.
+
+    plain: the student's update by one backward pass through divergence, reward and student together.
+    """
+    di = diff_instruct_star
+    run = Run(di.Config(**{**vars(config), "out": str(folder)}))
+    device, B, rate = run.device, config.batch_size, 1e-6
+    reference, codec = load(config.model, device)
+    net = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True)
+    student, parameters = Denoiser(net, reference.schedule, reference.prediction_type), Weights(net.named_parameters())
+    if config.assistant == "full":
+        copied = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True)
+        assistant = Denoiser(copied, reference.schedule, reference.prediction_type)
+        parameters_assistant = Weights(copied.named_parameters())
+    else:
+        assistant = Denoiser(reference.net, reference.schedule, reference.prediction_type, "assistant")
+        parameters_assistant = add_lora(reference.net, "assistant", config.rank, config.alpha, config.lora_targets)
+    networks = dict(student=net, reference=reference.net, assistant=assistant.net)
+    if config.gradient_checkpointing:
+        for network in set(networks.values()):
+            enable_checkpointing(network)
+    optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
+    optimizer_assistant = torch.optim.AdamW(parameters_assistant.values(), rate, fused=True)
+    ema = EMA(parameters.items(), config.ema)
+    prompts = (di.prompts_of(config, codec) * B)[:B]
+    cond, null = codec.cond(prompts), codec.null(B)
+    rewards_of = di.make_rewards(load_decoder(config.decoder, codec), {name: load_scorer(getattr(config, name), device) for name in (
+        "reward", "probe") if getattr(config, name)})
+    x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
+
+    def student_train():
+        with run.autocast():
+            f = di.one_step(student, x, cond)
+        f.mean().backward()
+
+    def divergence():
+        x_t = x.clone().requires_grad_()
+        for p in parameters_assistant.values():
+            p.requires_grad_(False)
+        with run.autocast():
+            losses = di.divergence_losses(x_t, t, x, cond, null, config, reference, assistant)
+        sum(losses.values()).backward()
+        for p in parameters_assistant.values():
+            p.requires_grad_(True)
+
+    def reward():
+        f = x.clone().requires_grad_()
+        with run.autocast():
+            values = rewards_of(f, prompts)
+        values["reward"].mean().backward()
+
+    def new_picture():
+        with torch.no_grad(), run.autocast():
+            di.one_step(student, x, cond)
+
+    def assistant_train():
+        with run.autocast():
+            prediction = assistant.predict(x, t, "epsilon", cond)
+        prediction.mean().backward()
+
+    def plain_student_step():
+        draw = run.draws(0)
+        z, level, eps = draw.randn(*codec.shape), draw.randint(config.t_min, config.t_max + 1), draw.randn(*codec.shape)
+        optimizer.zero_grad()
+        for p in parameters_assistant.values():
+            p.requires_grad_(False)
+        with run.autocast():
+            f = di.one_step(student, z, cond)
+            x_t = reference.schedule.add_noise(f, eps, level)
+            losses = di.divergence_losses(x_t, level, eps, cond, null, config, reference, assistant)
+            loss = sum(losses.values()) + di.reward_loss(rewards_of(f, prompts)["reward"], config.alpha_rew)
+        loss.backward()
+        for p in parameters_assistant.values():
+            p.requires_grad_(True)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
+        optimizer.step()
+
+    def step():
+        condition = codec.cond(prompts)
+        for k in range(config.assistant_steps):
+            di.assistant_step(0, k, condition, run, config, codec.shape, student, assistant, parameters_assistant, optimizer_assistant)
+        if plain:
+            plain_student_step()
+        else:
+            di.student_step(0, prompts, condition, null, run, config, codec.shape, student, reference, assistant, rewards_of, config.alpha_rew,
+                            parameters, parameters_assistant.values(), optimizer)
+        ema.update()
+
+    return {"text encoder": lambda: codec.cond(prompts), "student, forward + backward": student_train,
+            "assistant and guided reference, forward + input backward": divergence,
+            "decoder, reward and probe, forward + input backward": reward,
+            "student for the assistant, forward": new_picture, "assistant, forward + backward": assistant_train,
+            "optimisers, EMA": lambda: (optimizer.step(), optimizer_assistant.step(), ema.update()), "step": step}, networks, device
+
+
 class TensorMemory(TorchDispatchMode):
     """Counts the bytes of all tensors that are made inside the with block and still live; peak is the most so far."""
 
@@ -210,7 +308,9 @@ def peak_of_steps(parts_of, *arguments):
     return memory.peak
 
 
-METHODS = dict(yoso=(yoso, yoso_parts), swiftbrush_v2=(swiftbrush_v2, swiftbrush_parts))
+METHODS = dict(yoso=(yoso, yoso_parts), swiftbrush_v2=(swiftbrush_v2, swiftbrush_parts),
+               diff_instruct_star=(diff_instruct_star, diff_instruct_parts))
+VARIANTS = dict(swiftbrush_v2=SEPARATE, diff_instruct_star=PLAIN)
 
 
 def main(argv):
@@ -228,10 +328,10 @@ def main(argv):
         peak = {"step": peak_of_steps(parts_of, config, f"{folder}/peak")}
         parts, networks, device = parts_of(config, f"{folder}/run")
         variants = ["step with R1"] if "step with R1" in parts else []
-        if args.method == "swiftbrush_v2":
-            parts[SEPARATE] = parts_of(config, f"{folder}/separate", True)[0]["step"]
-            peak[SEPARATE] = peak_of_steps(parts_of, config, f"{folder}/peak2", True)
-            variants = [SEPARATE]
+        if args.method in VARIANTS:
+            variants = [VARIANTS[args.method]]
+            parts[variants[0]] = parts_of(config, f"{folder}/variant", True)[0]["step"]
+            peak[variants[0]] = peak_of_steps(parts_of, config, f"{folder}/peak2", True)
         times = time_parts(parts, args.repeats, device)
     step, variant_times = times.pop("step"), {name: times.pop(name) for name in variants}
     report = dict(method=args.method, preset=config.preset, batch_size=config.batch_size, device=str(device),
@@ -242,8 +342,8 @@ def main(argv):
                   peak_MB={k: v / 2**20 for k, v in peak.items()})
     if "step with R1" in variant_times:
         report["r1_share"] = (variant_times["step with R1"] - step) / config.r1_every / step
-    if SEPARATE in variant_times:
-        report["separate_step_ratio"] = variant_times[SEPARATE] / step
+    elif variant_times:
+        report["variant_step_ratio"] = variant_times[variants[0]] / step
     text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}, indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
