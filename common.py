@@ -222,8 +222,9 @@ def ddim_sample(denoiser, x_T, steps, cond=None, null=None, guidance_scale=1.0):
     x_t = x_T
     for i, timestep in enumerate(timesteps):
         t = torch.full((len(x_t),), timestep, device=x_t.device)
-        eps = denoiser.predict(x_t, t, "epsilon", cond, null, guidance_scale)
-        x0 = schedule.convert(eps, x_t, t, "epsilon", "sample")
+        # x0 first: where alpha_T = 0 it cannot be had from eps.
+        x0 = denoiser.predict(x_t, t, "sample", cond, null, guidance_scale)
+        eps = schedule.convert(x0, x_t, t, "sample", "epsilon")
         x_t = schedule.add_noise(x0, eps, torch.full_like(t, timesteps[i + 1])) if i + 1 < steps else x0
     return x_t
 

@@ -3,6 +3,7 @@
     python tools/ablate.py yoso --seeds 0 1 2 --iterations 2500 --jobs 2      YOSO's Table 1, from scratch on shapes
     python tools/ablate.py swiftbrush_v2 --seeds 0 1 2                        SwiftBrush v2's Table 5, on the mini model
     python tools/ablate.py diff_instruct_star --seeds 0 1 2                   Diff-Instruct*'s Table 2, from SwiftBrush v2's student
+    python tools/ablate.py yoso_t2i --seeds 0 1 2                             YOSO as a fine-tune of the adapted mini model
     python tools/ablate.py yoso --table                                       only print the table of the rows that exist
 
 Each arm is the method's script with the flags below and nothing else changed, measured by tools/evaluate.py on one-step samples.
@@ -30,6 +31,18 @@ YOSO = {
     "LPIPS": ["--iterations", "{iterations}", "--distance", "lpips"],
     "D_adv(p_d || p_t)": ["--iterations", "{iterations}", "--adversary", "data"],
     "UFOGen": ["--iterations", "{iterations}", "--adversary", "ufogen"],
+}
+MODEL, CLIP, JUDGE, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", "assets/mini-judge", 2.0
+REWARD = "assets/mini-pickscore"
+# All arms of a seed go on from one adapted model, which the first makes; D and the features are the original's.
+FINE_TUNE = ["--model", "{out}/adapted-alone-seed{seed}/adapt-2/pipeline", "--preset", "shapes", "--discriminator", MODEL,
+             "--iterations", "{iterations}"]
+YOSO_T2I = {
+    "adapted alone": (["--model", MODEL, "--adapt", "--iterations", "1"], None, "adapt-2/pipeline"),
+    "yoso": (FINE_TUNE, None, "pipeline"),
+    "no consistency": ([*FINE_TUNE, "--lambda-con", "0"], None, "pipeline"),
+    "no latent perceptual": ([*FINE_TUNE, "--con-distance", "l2"], None, "pipeline"),
+    "D_adv(p_d || p_t)": ([*FINE_TUNE, "--adversary", "data"], None, "pipeline"),
 }
 BUDGET = ["--iterations", "{iterations}", "--iterations-b", "{iterations}"]
 SWIFTBRUSH = {
@@ -63,19 +76,19 @@ DIFF_INSTRUCT = {
     "score 10, 4.5": diff_instruct_arm("score", "10", "4.5"),
     "score 10, 7.5, longer": diff_instruct_arm("score", "10", "7.5", "--iterations", "{longer}"),
 }
-ARMS = {"yoso": YOSO, "swiftbrush_v2": SWIFTBRUSH, "diff_instruct_star": DIFF_INSTRUCT}
-ITERATIONS = {"yoso": 2500, "swiftbrush_v2": 400, "diff_instruct_star": 200}
+ARMS = {"yoso": YOSO, "yoso_t2i": YOSO_T2I, "swiftbrush_v2": SWIFTBRUSH, "diff_instruct_star": DIFF_INSTRUCT}
+ITERATIONS = {"yoso": 2500, "yoso_t2i": 600, "swiftbrush_v2": 400, "diff_instruct_star": 200}
 COLUMNS = {
     "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
              "recall": "recall", "L_D": "L_D, last half", "minutes": "minutes"},
+    "yoso_t2i": {"frechet": "distance", "precision": "precision", "recall": "recall", "judge_frechet": "judge's distance",
+                 "judge_precision": "its precision", "judge_recall": "its recall", "right": "all attributes right", "minutes": "minutes"},
     "swiftbrush_v2": {"frechet": "distance", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
                       "judge_frechet": "judge's distance", "judge_precision": "its precision", "judge_recall": "its recall",
                       "judge_score": "its score", "right": "all attributes right", "minutes": "minutes"},
     "diff_instruct_star": {"reward_score": "reward", "judge_score": "probe (judge)", "clip_score": "CLIP score", "judge_frechet": "distance",
                            "judge_precision": "precision", "judge_recall": "recall", "right": "all attributes right", "minutes": "minutes"},
 }
-MODEL, CLIP, JUDGE, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", "assets/mini-judge", 2.0
-REWARD = "assets/mini-pickscore"
 
 
 def name_of(arm, seed):
@@ -98,7 +111,7 @@ def run_row(method, arm, seed, iterations, out, num):
     run = out / (f"{folder}-seed{seed}" if method == "swiftbrush_v2" else name)
     if arguments is not None:
         with open(out / f"{name}.log", "a") as log:
-            script = Path(__file__).parent.parent / f"{method}.py"
+            script = Path(__file__).parent.parent / f"{method.removesuffix('_t2i')}.py"
             code = subprocess.run([sys.executable, script, *flags, "--out", run], stdout=log, stderr=log).returncode
         if code:
             reason = (out / f"{name}.log").read_text().strip().splitlines()[-1]
@@ -112,7 +125,7 @@ def run_row(method, arm, seed, iterations, out, num):
     else:
         measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE, reward=REWARD)
         if pipeline or method == "diff_instruct_star":
-            one_step = dict(model=run / pipeline if pipeline else STUDENT, steps=1)
+            one_step = dict(model=run / pipeline if pipeline else STUDENT, **(dict(nfe=1) if method == "yoso_t2i" else dict(steps=1)))
         else:
             one_step = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
         row |= evaluate(**one_step, **measured)
@@ -123,7 +136,7 @@ def run_row(method, arm, seed, iterations, out, num):
 def logs_of(run, pipeline):
     """The metrics of what was trained for a pipeline: of YOSO's run itself, of one stage, or of all stages of a merge."""
     stage = Path(pipeline or "").parts[:1]
-    return [log for log in run.rglob("metrics.jsonl") if not pipeline or stage == ("pipeline",) or log.parent.name in (stage[0], "start")]
+    return [log for log in run.rglob("metrics.jsonl") if not pipeline or stage == ("pipeline",) or log.parent.name in (stage[0], "start", "adapt-1")]
 
 
 def minutes_of(log):
@@ -155,7 +168,7 @@ def main(argv):
     parser.add_argument("method", choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="default: all of the method's")
-    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500, 400, 200")
+    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500, 600, 400, 200")
     parser.add_argument("--num", type=int, default=2000, help="samples measured")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the CPU cores")
     parser.add_argument("--out", type=Path, help="default: runs/ablate/METHOD")
