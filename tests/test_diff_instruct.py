@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -149,6 +150,26 @@ def test_d9_noise_predictions_are_the_weight_sigma():
         return lambda x, f, target: di.score_loss(*(-SIGMA * v for v in (score(MU, S**2)(x), score(M, 1.0)(x), target)), distance, c)
     assert gradients(of_noise("huber", 0.5)) == pytest.approx((0.127061, 0.176587), abs=1e-4)
     assert gradients(of_noise("l2", 0)) == pytest.approx([SIGMA**2 * g for g in gradients(divergence())], abs=1e-6)
+
+
+def test_the_guided_reference_and_the_plain_assistant():
+    """Choice 2: the reference is s_c + alpha_cfg (s_c - s_null), the assistant s_c alone; choice 1 leaves the reference unguided."""
+    net = lambda x, timestep, eps: types.SimpleNamespace(sample=torch.full_like(x, eps))
+    schedule = common.NoiseSchedule.from_config({})
+    reference, assistant = (Denoiser(net, schedule, "epsilon") for _ in range(2))
+    x_t, t = torch.ones(3, 1, 2, 2), torch.tensor([20, 500, 980])
+    for choice, guided in ((2, 2 + 7.5 * (2 - 1)), (1, 2)):
+        config = di.Config(divergence="kl", alpha_cfg=7.5, cfg_choice=choice)
+        losses = di.divergence_losses(x_t, t, torch.zeros_like(x_t), dict(eps=2.0), dict(eps=1.0), config, reference, assistant)
+        assert losses["L_divergence"].item() == pytest.approx(4 * (guided - 2.0))
+        assert losses.get("L_cfg", torch.tensor(0.0)).item() == pytest.approx(4 * 7.5 if choice == 1 else 0)
+
+
+def test_the_assistants_loss_is_least_squares():
+    """Its best constant is the mean of eps, not the median."""
+    eps = torch.tensor([0.0, 0.0, 0.0, 4.0]).view(4, 1, 1, 1)
+    losses = [di.assistant_loss(torch.full_like(eps, c), eps).item() for c in (0.0, 1.0, 2.0)]
+    assert losses == pytest.approx([4.0, 3.0, 4.0])
 
 
 @pytest.mark.parametrize("name", ["score", "kl"])
