@@ -273,20 +273,51 @@ def test_who_moves_whom(models, rank):
 
 
 def test_the_levels_share_data_and_noise(models, monkeypatch):
-    """Eq. 6: t - 250, t - 25 and t of the same x0 and eps, the first two not below 0; D is told t for both sides."""
+    """Eq. 6: t - 250, t - 25 and t of the same x0 and eps, the first two not below 0; D is told t and the captions for both sides."""
     step, inputs, told = build(models), [], []
     predict = yoso.predict_x0
     monkeypatch.setattr(yoso, "predict_x0", lambda denoiser, x_t, t, cond: inputs.append((x_t, t)) or predict(denoiser, x_t, t, cond))
-    step["discriminator"].register_forward_pre_hook(lambda _, arguments: told.append(arguments[1]))
+    step["discriminator"].register_forward_pre_hook(lambda _, arguments: told.append(arguments[1:]))
     yoso.fine_tune_step(**step)
     (x_t, t), (x_k, t_k), (x_m, t_m) = inputs
     assert torch.equal(t_k, (t - 250).clamp(min=0)) and torch.equal(t_m, (t - 25).clamp(min=0))
-    assert torch.equal(told[0], torch.cat([t, t])) and torch.equal(told[1], t)
+    text = step["codec"].cond(CAPTIONS)["encoder_hidden_states"]
+    for (level, cond), copies in zip(told, (2, 1)):
+        assert torch.equal(level, t.repeat(copies)) and torch.equal(cond["encoder_hidden_states"], text.repeat(copies, 1, 1))
     draw = step["run"].draws(0)
     draw.randint(0, 1000), (eps := draw.randn(4, 8, 8))
     x0 = step["codec"].encode(step["pictures"])
     for x, level in inputs:
         torch.testing.assert_close(x, step["generator"].schedule.add_noise(x0, eps, level), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [[], ["--rank", 4], ["--adapt", "--adapt-iterations", 1]], ids=["full", "lora", "adapt"])
+def test_the_frozen_half_stays_the_originals(models, tmp_path, monkeypatch, more):
+    """Whatever is trained, Eq. 5's features are those of the pretrained network, also where they share its weights."""
+    step, seen = yoso.fine_tune_step, []
+    monkeypatch.setattr(yoso, "fine_tune_step", lambda *a: seen.append((a[7], a[8], a[9])) or step(*a))
+    run(flags(models, tmp_path, "--lr", 0.01, "--lr-d", 0.01, *more))
+    generator, discriminator, features = seen[-1]
+    original = HalfUNet(load(models / "sd")[0].net).state_dict()
+    assert equal(dict(features.state_dict()), dict(original)) and not equal(dict(discriminator.features.state_dict()), dict(original))
+    if more != ["--rank", 4]:
+        net = generator.net.state_dict()
+        assert not all(torch.equal(net[k.removeprefix("unet.")], v) for k, v in original.items())
+
+
+@pytest.mark.parametrize("con_weight", ["sqrt", "snr"])
+def test_the_weights_are_limited_and_scaled(models, monkeypatch, con_weight):
+    """0.5 min(SNR(t), 5) and 2 min(w(t), 5), at timesteps on both sides of the limits."""
+    step, seen = build(models, "--con-weight", con_weight), []
+    loss, t = yoso.generator_loss, torch.tensor([3, 30, 300, 900])
+    monkeypatch.setattr(yoso, "generator_loss", lambda *arguments: seen.append(arguments[4:6]) or loss(*arguments))
+    monkeypatch.setattr(common.Draws, "randint", lambda self, low, high: t)
+    yoso.fine_tune_step(**step)
+    schedule = step["generator"].schedule
+    snr_t, snr_con = schedule.snr(t).double(), schedule.snr((t - 25).clamp(min=0)).double()
+    power = 0.5 if con_weight == "sqrt" else 1.0
+    torch.testing.assert_close(seen[0][0].double(), 0.5 * snr_t.clamp(max=5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen[0][1].double(), 2 * (1 / (snr_t**-power - snr_con**-power)).clamp(max=5), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("more", [["--micro-batch", 2], ["--gradient-checkpointing"], ["--gradient-checkpointing", "--rank", 4]],
