@@ -97,6 +97,15 @@ def test_another_palette_is_read_as_what_it_shows():
     assert read["right"] == 1 and evaluate.shapes_report(rolled.draw(attributes), attributes)["right"] == 0
 
 
+def test_the_backgrounds_colour_error():
+    dataset = Shapes(32)
+    attributes = dataset.attributes(range(60))
+    pictures = dataset.draw(attributes)
+    assert evaluate.shapes_report(pictures, attributes)["background_error"] < 0.003
+    assert evaluate.shapes_report((pictures.float() * 0.9).byte(), attributes)["background_error"] == pytest.approx(
+        0.1 * torch.tensor([1.0, 0.5, 0.0])[attributes["background"]].mean().item(), abs=0.005)
+
+
 def test_a_base_is_trained_on(tmp_path):
     """Another palette and PixArt's schedule: the UNet moves, nothing else does."""
     tiny.sd().save_pretrained(tmp_path / "sd")

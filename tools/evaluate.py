@@ -47,8 +47,8 @@ def read_shapes(images):
     """The drawing that fits each picture best in the least-squares sense, over all of Shapes' drawing rules.
 
     images: uint8 [N, 3, S, S]. Returns a dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y
-    (picture units), and error: ||picture - drawing||^2 / ||drawing - its background||^2, so 0 for a perfect drawing, about 1
-    where the shape is missing. Places are searched on a half-pixel grid and five radii, then refined for each shape.
+    (picture units), error: ||picture - drawing||^2 / ||drawing - its background||^2, so 0 for a perfect drawing, about 1
+    where the shape is missing; and frame [N, 3], the median colour of the outermost pixels, in [0, 1]. Places are searched on a half-pixel grid and five radii, then refined for each shape.
     """
     parts = [_read_chunk(chunk) for chunk in images.split(32)]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -77,7 +77,8 @@ def _read_chunk(images):
     chosen = {k: torch.stack([c[k] for c in candidates])[winner, torch.arange(n)] for k in candidates[0]}
     chosen["scale"] = (chosen["radius"] > (SIZES["small"][1] + SIZES["large"][0]) / 2).long()
     chosen["error"] = chosen.pop("residual") / chosen.pop("shape_energy")
-    return chosen
+    frame = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], 2)
+    return chosen | dict(frame=frame.median(2).values)
 
 
 @lru_cache
@@ -114,7 +115,8 @@ def shapes_report(images, wanted=None):
     """Share of clean and of sharp pictures, and coverage of the colour x shape x background combinations among the clean.
 
     images: uint8 [N, 3, S, S]. wanted: attributes as Shapes.attributes gives them; then also the share of pictures that are
-    clean and have the wanted colour, background, shape and size together, and each attribute's own share.
+    clean and have the wanted colour, background, shape and size together, each attribute's own share, and how far the frame is
+    from the wanted background's colour (0 to 1, mean over the channels).
     """
     return report_of(read_shapes(images), wanted)
 
@@ -133,6 +135,8 @@ def report_of(read, wanted=None):
         right = {k: (read[k] == wanted[k]) for k in ("colour", "background", "shape", "scale")}
         report |= {f"{k}_right": v.float().mean().item() for k, v in right.items()}
         report["right"] = torch.stack([clean, *right.values()]).all(0).float().mean().item()
+        asked = torch.tensor(list(BACKGROUNDS.values()))[wanted["background"]]
+        report["background_error"] = (read["frame"] - asked).abs().mean().item()
     return report
 
 
