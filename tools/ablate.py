@@ -4,6 +4,7 @@
     python tools/ablate.py swiftbrush_v2 --seeds 0 1 2                        SwiftBrush v2's Table 5, on the mini model
     python tools/ablate.py diff_instruct_star --seeds 0 1 2                   Diff-Instruct*'s Table 2, from SwiftBrush v2's student
     python tools/ablate.py yoso_t2i --seeds 0 1 2                             YOSO as a fine-tune of the adapted mini model
+    python tools/ablate.py yoso_pixart --seeds 0                              its Figures 3 and 7, on tools/pretrain.py's runs/mini-linear
     python tools/ablate.py yoso --table                                       only print the table of the rows that exist
 
 Each arm is the method's script with the flags below and nothing else changed, measured by tools/evaluate.py on one-step samples.
@@ -44,6 +45,11 @@ YOSO_T2I = {
     "no latent perceptual": ([*FINE_TUNE, "--con-distance", "l2"], None, "pipeline"),
     "D_adv(p_d || p_t)": ([*FINE_TUNE, "--adversary", "data"], None, "pipeline"),
 }
+LINEAR = ["--model", "runs/mini-linear", "--preset", "shapes", "--discriminator", MODEL]
+WAYS = {"epsilon": [], "adapted": ["--adapt"], "direct switch": ["--adapt", "--adapt-iterations", "0"]}
+# Each way is one run that goes on from count to count.
+YOSO_PIXART = {f"{way}, {n}": ([*LINEAR, *flags, "--iterations", str(n)], way.replace(" ", "-"), "pipeline")
+               for way, flags in WAYS.items() for n in (100, 200, 400, 800)}
 BUDGET = ["--iterations", "{iterations}", "--iterations-b", "{iterations}"]
 SWIFTBRUSH = {
     "teacher, 25 steps": (None, None, None),
@@ -76,13 +82,15 @@ DIFF_INSTRUCT = {
     "score 10, 4.5": diff_instruct_arm("score", "10", "4.5"),
     "score 10, 7.5, longer": diff_instruct_arm("score", "10", "7.5", "--iterations", "{longer}"),
 }
-ARMS = {"yoso": YOSO, "yoso_t2i": YOSO_T2I, "swiftbrush_v2": SWIFTBRUSH, "diff_instruct_star": DIFF_INSTRUCT}
-ITERATIONS = {"yoso": 2500, "yoso_t2i": 600, "swiftbrush_v2": 400, "diff_instruct_star": 200}
+ARMS = {"yoso": YOSO, "yoso_t2i": YOSO_T2I, "yoso_pixart": YOSO_PIXART, "swiftbrush_v2": SWIFTBRUSH, "diff_instruct_star": DIFF_INSTRUCT}
+ITERATIONS = {"yoso": 2500, "yoso_t2i": 600, "yoso_pixart": 800, "swiftbrush_v2": 400, "diff_instruct_star": 200}
 COLUMNS = {
     "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
              "recall": "recall", "L_D": "L_D, last half", "minutes": "minutes"},
     "yoso_t2i": {"frechet": "distance", "precision": "precision", "recall": "recall", "judge_frechet": "judge's distance",
                  "judge_precision": "its precision", "judge_recall": "its recall", "right": "all attributes right", "minutes": "minutes"},
+    "yoso_pixart": {"frechet": "distance", "judge_frechet": "judge's distance", "judge_precision": "its precision",
+                    "judge_recall": "its recall", "right": "all attributes right", "background_error": "background's error"},
     "swiftbrush_v2": {"frechet": "distance", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
                       "judge_frechet": "judge's distance", "judge_precision": "its precision", "judge_recall": "its recall",
                       "judge_score": "its score", "right": "all attributes right", "minutes": "minutes"},
@@ -100,7 +108,7 @@ def run_row(method, arm, seed, iterations, out, num):
     """Trains and measures one arm with one seed, unless its row exists; returns the row."""
     name = name_of(arm, seed)
     path = out / f"{name}.json"
-    arguments, folder, pipeline = (ARMS[method][arm], name, None) if method == "yoso" else ARMS[method][arm]
+    arguments, folder, pipeline = (ARMS[method][arm], None, None) if method == "yoso" else ARMS[method][arm]
     flags = [*(a.format(iterations=iterations, longer=3 * iterations, out=out, seed=seed) for a in arguments or ()), "--seed", str(seed)]
     if path.exists():
         row = json.loads(path.read_text())
@@ -108,10 +116,12 @@ def run_row(method, arm, seed, iterations, out, num):
             raise UserError(f"{path}: measured with {' '.join(row['flags'])} and {row['num']} samples; choose another --out")
         return row
     row = dict(method=method, arm=arm, seed=seed, iterations=iterations, flags=flags)
-    run = out / (f"{folder}-seed{seed}" if method == "swiftbrush_v2" else name)
+    if "--iterations" in flags:
+        row["iterations"] = int(flags[-flags[::-1].index("--iterations")])
+    run = out / (f"{folder}-seed{seed}" if folder else name)
     if arguments is not None:
         with open(out / f"{name}.log", "a") as log:
-            script = Path(__file__).parent.parent / f"{method.removesuffix('_t2i')}.py"
+            script = Path(__file__).parent.parent / f"{'yoso' if method.startswith('yoso') else method}.py"
             code = subprocess.run([sys.executable, script, *flags, "--out", run], stdout=log, stderr=log).returncode
         if code:
             reason = (out / f"{name}.log").read_text().strip().splitlines()[-1]
@@ -125,7 +135,7 @@ def run_row(method, arm, seed, iterations, out, num):
     else:
         measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE, reward=REWARD)
         if pipeline or method == "diff_instruct_star":
-            one_step = dict(model=run / pipeline if pipeline else STUDENT, **(dict(nfe=1) if method == "yoso_t2i" else dict(steps=1)))
+            one_step = dict(model=run / pipeline if pipeline else STUDENT, **(dict(nfe=1) if method.startswith("yoso_") else dict(steps=1)))
         else:
             one_step = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
         row |= evaluate(**one_step, **measured)
@@ -168,7 +178,7 @@ def main(argv):
     parser.add_argument("method", choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="default: all of the method's")
-    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500, 600, 400, 200")
+    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500, 600, 400, 200; yoso_pixart has its own")
     parser.add_argument("--num", type=int, default=2000, help="samples measured")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the CPU cores")
     parser.add_argument("--out", type=Path, help="default: runs/ablate/METHOD")
