@@ -75,7 +75,7 @@ def diff_instruct_arm(divergence, alpha_rew, alpha_cfg, *more):
 DIFF_INSTRUCT = {
     "init": (None, None, None),
     "KL 0, 0": diff_instruct_arm("kl", "0", "0"),
-    **{f"KL {a}, 7.5": diff_instruct_arm("kl", a, "7.5") for a in ("0", "1", "3", "10", "30")},
+    **{f"KL {a}, 7.5": diff_instruct_arm("kl", a, "7.5") for a in ("0", "1", "3", "10", "30", "100")},
     "choice 1 10, 7.5": diff_instruct_arm("score", "10", "7.5", "--cfg-choice", "1"),
     "score 0, 0": diff_instruct_arm("score", "0", "0"),
     **{f"score {a}, 7.5": diff_instruct_arm("score", a, "7.5") for a in ("0", "0.1", "1", "3", "10", "30")},
