@@ -333,8 +333,9 @@ class Codec:
         self.picture_size = self.shape[-1] * (pipe.vae_scale_factor if self.vae is not None else 1)
         self.guided = self.name not in ("DDPMPipeline", "DDIMPipeline") or net.config.num_class_embeds is not None
         if self.vae is None and self.guided and classes is None:
-            # A published class-conditional network without names: prompts name the class by its number.
+            # A published class-conditional network without names: prompts name the class by its number; the last is "none".
             self.classes = [str(i) for i in range(net.config.num_class_embeds - 1)]
+        self.has_null = self.guided and (self.vae is not None or net.config.num_class_embeds > len(self.classes))
         self.device = next(net.parameters()).device
 
     @torch.no_grad()
@@ -402,13 +403,20 @@ class Codec:
 
 
 def load_decoder(path_or_id, codec):
-    """x0 -> pictures by an AutoencoderTiny of the same latents, frozen and with the gradient; empty: the codec's own decoder."""
+    """x0 -> pictures by an AutoencoderTiny of the same latents, frozen and with the gradient.
+
+    "tiny": the published one, taesdxl for SDXL, taesd for SD and PixArt-alpha; empty: the codec's own decoder.
+    """
     if not path_or_id or codec.vae is None:
         return codec.decode
     from diffusers import AutoencoderTiny
+    if path_or_id == "tiny":
+        path_or_id = "madebyollin/taesdxl" if codec.name == "StableDiffusionXLPipeline" else "madebyollin/taesd"
     try:
         tiny = AutoencoderTiny.from_pretrained(path_or_id).to(codec.device).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
+        with torch.no_grad():
+            tiny.decode(torch.zeros(1, *codec.shape, device=codec.device))  # other latents fail here, not after the warm-ups
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"--decoder {path_or_id}: cannot be loaded ({' '.join(str(error).split())[:300]}); "
                         "give a local directory of an AutoencoderTiny, or an empty one for the model's own decoder")
     return lambda x0: tiny.decode(x0).sample
@@ -543,6 +551,14 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     for key, parameter in net.named_parameters():
         parameter.requires_grad_("lora_" in key)
     return Weights((key, p) for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key)
+
+
+def check_targets(net, targets):
+    """Raises UserError if one of a LoRA's targets is no layer of the network."""
+    names = [name for name, _ in net.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"--lora-targets {target}: the network has no such layer")
 
 
 def remove_lora(net, name):
@@ -691,7 +707,10 @@ def load_scorer(name, device="cpu"):
     Raises UserError if it cannot be loaded.
     """
     try:
-        return _open_clip_scorer(device) if name == "hps" else _transformers_scorer(*SCORERS.get(name, (name, name)), device)
+        scorer = _open_clip_scorer(device) if name == "hps" else _transformers_scorer(*SCORERS.get(name, (name, name)), device)
+        with torch.no_grad():  # sizes that do not fit fail here, not after the warm-ups
+            scorer(torch.zeros(1, 3, scorer.size, scorer.size, device=device), scorer.texts([""]))
+        return scorer
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a CLIPModel with its processor ({' '.join(str(error).split())[:300]}); "
                         "a local directory works without a network")
@@ -699,7 +718,10 @@ def load_scorer(name, device="cpu"):
 
 def _transformers_scorer(model_id, processor_id, device):
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-    model = CLIPModel.from_pretrained(model_id, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    model, report = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:  # they would be random
+        raise ValueError(f"weights are missing, among them {sorted(report['missing_keys'])[0]}")
+    model.to(device).eval().requires_grad_(False)
     tokenizer, processor = AutoTokenizer.from_pretrained(processor_id), AutoImageProcessor.from_pretrained(processor_id)
 
     def embed_texts(prompts):
@@ -1071,6 +1093,32 @@ def start_processes(device):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
+def agreed(make):
+    """What make() returns on rank 0, on every rank: what one machine finds on its disk must hold for all."""
+    found = [make() if int(os.environ.get("RANK", 0)) == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def claim_folder(folder, made_by, names):
+    """On rank 0 makes the folder of prepared data, notes in made_by.json what it is made with, and returns, on every rank, the
+    ones of the names that are not in it yet. Raises UserError if it was made with something else or cannot be written."""
+    def missing():
+        """What rank 0 finds."""
+        note = folder / "made_by.json"
+        if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(made_by)):
+            raise UserError(f"{folder}: made with other flags, {note.read_text().strip()}; repeat them, or delete the folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(note, json.dumps(made_by))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out")
+        return [name for name in names if not (folder / name).exists()]
+
+    return agreed(missing)
+
+
 def ignore_signals(worker):
     """For the processes that read pictures: a signal to the whole group must not end them before the run has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1141,35 +1189,38 @@ class Run:
                             "repeat that run's flags, or choose another --out")
         return saved
 
-    def begin(self, parts):
-        """Called once everything is built: makes the folder, loads the checkpoint into parts, catches the signals.
-
-        parts: name -> module, optimiser or EMA; all of them go into checkpoints. Log lines after the checkpoint are dropped.
-        """
+    def make_folder(self):
+        """Makes the run's folder. Raises UserError if it cannot be written."""
         try:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoint.parent):
                 pass
         except OSError as error:
             raise UserError(f"--out {self.config.out}: cannot write there ({error.strerror}); choose another folder")
+
+    def begin(self, parts):
+        """Called once everything is built: makes the folder, loads the checkpoint into parts, catches the signals.
+
+        parts: name -> module, optimiser or EMA; all of them go into checkpoints. Log lines after the checkpoint are dropped.
+        """
+        self.make_folder()
         for name, part in parts.items():
             if self.saved:
                 part.load_state_dict(self.saved["state"][name])
-            elif self.world > 1 and isinstance(part, torch.nn.Module):
+            elif self.world > 1 and isinstance(part, (torch.nn.Module, Weights, EMA)):
                 for tensor in part.state_dict().values():
                     dist.broadcast(tensor, 0)
         continued, self.saved, self.parts = self.saved is not None, None, parts
         if continued and not self.checkpoint.exists():
             self.save(self.start)  # from another run: this one can now be continued on its own
         if self.rank == 0:
-            (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+            write_text(self.out / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
             log = self.out / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
             # A line that a kill cut short has no closing brace.
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= self.start]
             if kept != lines:
-                log.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
-                os.replace(log.with_suffix(".tmp"), log)
+                write_text(log, "\n".join(kept))
         self.old_handlers = {number: signal.signal(number, lambda number, frame: setattr(self, "signal", number))
                              for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.config.iterations, initial=self.start, disable=self.rank > 0, smoothing=0.05,
@@ -1294,12 +1345,28 @@ class Run:
     def end(self):
         """Closes the run; after a signal, says how to go on and exits with 128 + its number."""
         self.bar.close()
+        self.parts = None  # an adaptation's optimiser must not live on through the training
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         if self.signal:
             if self.rank == 0:
                 print(f"stopped, saved to {self.checkpoint}; the same command continues", file=sys.stderr)
             sys.exit(128 + self.signal)
+
+
+def write_text(path, text):
+    """Writes a file and moves it to `path` when it is complete; a last line break is added where there is text."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_text(text + "\n" if text else "", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_config(config_class, path):
+    """The configuration that a run wrote. Raises UserError if it is missing, damaged or another script's."""
+    try:
+        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(Path(path).read_text()).items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the configuration of a run of this script ({error})")
 
 
 def read_checkpoint(path):
@@ -1331,15 +1398,25 @@ def one_step(student, z, cond):
     return student.predict(z, last_timestep(student, len(z), z.device), "sample", cond)
 
 
+def chunks_of(prompts, codec, seed):
+    """Yields (prompts, noise [n, C, H, W]) for chunks of pictures; drawn on the CPU, the same on every device."""
+    chunk = chunk_for(codec)
+    for first in range(0, len(prompts), chunk):
+        y = prompts[first:first + chunk]
+        yield y, Draws(seed, first, len(y), slice(None), "cpu").randn(*codec.shape).to(codec.device)
+
+
 @torch.no_grad()
 def draw_samples(student, codec, prompts, seed):
     """One-step pictures in [-1, 1], [N, 3, H, W], on the CPU, the same for the same seed."""
-    images, chunk = [], chunk_for(codec)
-    for first in range(0, len(prompts), chunk):
-        y = prompts[first:first + chunk]
-        z = Draws(seed, first, len(y), slice(None), "cpu").randn(*codec.shape).to(codec.device)
-        images.append(codec.decode(one_step(student, z, codec.cond(y))).clamp(-1, 1).cpu())
-    return torch.cat(images)
+    return torch.cat([codec.decode(one_step(student, z, codec.cond(y))).clamp(-1, 1).cpu() for y, z in chunks_of(prompts, codec, seed)])
+
+
+@torch.no_grad()
+def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
+    """The same from the same noise by a teacher's DDIM."""
+    return torch.cat([codec.decode(ddim_sample(teacher, z, steps, codec.cond(y), codec.null(len(y)), guidance_scale)).clamp(-1, 1).cpu()
+                      for y, z in chunks_of(prompts, codec, seed)])
 
 
 def dense_copy(net, state, device):
@@ -1419,6 +1496,7 @@ def convert(run, codec, start, prediction, prompts):
         if run.finish_iteration(iteration, mean_of(scalars)):
             break
     run.end()
+    optimizer.zero_grad()
     if run.rank == 0:
         # A LoRA student's file belongs on top of this.
         export_one_step(codec, net, prediction, run.out / "pipeline", len(start.schedule))

@@ -38,10 +38,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, Run, UserError, Weights, add_lora, choose_device, convert,
-                    ddim_sample, dense_copy, draw_samples, enable_checkpointing, export_student, flag, load, load_decoder,
-                    load_scorer, load_teacher, mean_of, one_step, parse_config, part_of, prompts_of, run_command, save_grid,
-                    start_processes, starting_student)
+from common import (EMA, LORA_TARGETS, Denoiser, Run, UserError, Weights, add_lora, agreed, check_targets, choose_device, chunks_of,
+                    convert, dense_copy, draw_many_steps, draw_samples, enable_checkpointing, export_student, flag, load,
+                    load_decoder, load_scorer, load_teacher, mean_of, one_step, parse_config, part_of, prompts_of, read_config,
+                    run_command, save_grid, start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SDXL run; a preset changes what it names
@@ -62,7 +62,7 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
     compile: bool = flag(False, "torch.compile the networks; with --assistant lora the student's alone")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = flag(False, "recompute the networks' activations in the backward pass: less memory, more time")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
     save_every: int = flag(500, "iterations between checkpoints")
     sample_every: int = flag(500, "iterations between grids in samples/")
@@ -83,9 +83,9 @@ class Config:
     alpha_rew: float = flag(100.0, "weight of the reward, a cosine; paper: 100, which is 1 on PickScore's logits")
     alpha_cfg: float = flag(7.5, "strength of the guidance, w - 1 in diffusers' convention; 0: none; paper: 7.5")
     cfg_choice: int = flag(2, "2: in the reference; 1: as a reward of its own; the same for kl; paper's best: 2")
-    reward: str = flag("pickscore", "pickscore, clip, hps, or a CLIPModel's directory or hub id; empty: none, nothing is decoded")
+    reward: str = flag("pickscore", "pickscore, clip, hps, or a CLIPModel's directory or hub id; empty: none")
     probe: str = flag("clip", "a second reward, only logged: where it falls while the reward rises, the reward is cheated; empty: none")
-    decoder: str = flag("madebyollin/taesdxl", "AutoencoderTiny that decodes for the rewards; empty: the model's own")
+    decoder: str = flag("tiny", "AutoencoderTiny that decodes for the rewards; tiny: TAESD, SDXL's or SD's; empty: the model's own")
     t_min: int = flag(20, "lowest timestep of the divergence; SiD-LSG: 20")
     t_max: int = flag(979, "highest; SiD-LSG: 979")
 
@@ -121,7 +121,7 @@ def preset_of(given):
     """The preset that fits the flags given: a real model must not get the mini model's rates."""
     if given.get("dataset") == "cifar10":
         return "cifar10"
-    return "shapes" if given.get("model", Config.model) == Config.model else "sdxl"
+    return "shapes" if Path(given.get("model", Config.model)) == Path(Config.model) else "sdxl"
 
 
 # Losses
@@ -291,9 +291,12 @@ def check(config):
     for name in ("alpha_rew", "alpha_cfg", "huber_c", "assistant_warmup", "warmup", "student_timestep"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    for name in ("assistant_steps", "convert_iterations", "rank", "alpha"):
+    for name in ("iterations", "assistant_steps", "convert_iterations", "rank", "alpha"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    for name in ("lr", "lr_assistant", "convert_lr", "convert_clamp", "clip_norm"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
     for name in ("ema", "beta1"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
@@ -311,8 +314,8 @@ def resolve_start(config):
     student, earlier = config.student, [Path(folder) / "config.json" for folder in (config.out, config.resume) if folder]
     saved = next((path for path in earlier if path.exists()), None)
     if not student and saved:
-        student = json.loads(saved.read_text())["student"]
-    elif not student and config.model == Config.model and Path(SWIFTBRUSH).exists():
+        student = read_config(Config, saved).student
+    elif not student and Path(config.model) == Path(Config.model) and Path(SWIFTBRUSH).exists():
         student = SWIFTBRUSH
     warmup = 0 if student else config.warmup
     return replace(config, student=student, warmup=warmup, iterations=config.assistant_warmup + warmup + config.iterations)
@@ -321,15 +324,17 @@ def resolve_start(config):
 def train(config):
     """The conversion of the start where --prediction asks for it, then the training."""
     check(config)
-    config = resolve_start(config)
     device = choose_device(config.device)
     start_processes(device)
+    config = agreed(lambda: resolve_start(config))
     teacher, codec = load_teacher(config.model, config.dataset, device)
     if config.t_max >= len(teacher.schedule):
         raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {len(teacher.schedule) - 1}")
-    if not codec.guided and (config.alpha_cfg, config.teacher_guidance) != (0.0, 1.0):
-        raise UserError(f"--alpha-cfg {config.alpha_cfg}: {config.model} has no condition to guide by; "
-                        "use --alpha-cfg 0 --teacher-guidance 1")
+    if not codec.has_null and (config.alpha_cfg, config.teacher_guidance) != (0.0, 1.0):
+        raise UserError(f"--alpha-cfg {config.alpha_cfg} --teacher-guidance {config.teacher_guidance}: {config.model} has no empty "
+                        "condition to guide by; use --alpha-cfg 0 --teacher-guidance 1")
+    if config.assistant == "lora":
+        check_targets(teacher.net, config.lora_targets)
     prompts = prompts_of(config, codec)
     # Whatever can be missing is loaded before anything is trained.
     scorers = {name: load_scorer(getattr(config, name), device) for name in ("reward", "probe") if getattr(config, name)}
@@ -341,21 +346,25 @@ def train(config):
         start = Denoiser(start.net, start.schedule.up_to(config.student_timestep), start.prediction_type)
     run = Run(config)
     if run.rank == 0 and not run.start:
-        print(f"the student starts from {config.student or f'the weights of {config.model}'}"
+        print(f"the student starts from {config.student or f'the weights of {config.model}'}{config.lora and f' and {config.lora}'}"
               + (f", with {config.warmup} iterations of warm-up without reward" if config.warmup else ""))
     if (config.prediction or start.prediction_type) != start.prediction_type:
-        # What the conversion does not depend on may change.
-        free = FREE_FLAGS | {name for name in vars(config) if name not in (
-            "model", "student", "student_timestep", "lora", "prompts", "dataset", "seed", "batch_size", "prediction",
-            "convert_iterations", "convert_lr", "convert_clamp", "clip_norm")} - {"iterations"}
-        conversion = Run(replace(config, out=f"{config.out}/start", resume="", iterations=config.convert_iterations), free=free)
-        start = convert(conversion, codec, start, config.prediction, prompts)
+        start = (Denoiser(start.net, start.schedule, config.prediction) if run.start else  # the checkpoint holds the weights
+                 convert(conversion_run(config), codec, start, config.prediction, prompts))
     train_student(run, config, teacher, codec, start, prompts, make_rewards(decode, scorers))
+
+
+def conversion_run(config):
+    """The Run of the conversion, in OUT/start; the flags that it does not depend on may differ from its checkpoint's."""
+    bound = {"model", "student", "student_timestep", "lora", "prompts", "dataset", "seed", "batch_size", "precision", "prediction",
+             "convert_iterations", "convert_lr", "convert_clamp", "clip_norm"}
+    return Run(replace(config, out=f"{config.out}/start", resume="", iterations=config.convert_iterations), free=vars(config).keys() - bound)
 
 
 def train_student(run, config, teacher, codec, start, prompts, rewards_of):
     """The training; exports the averaged student to OUT/pipeline and draws OUT/comparison.png."""
-    net = dense_copy(start.net, start.net.state_dict(), codec.device).requires_grad_(True)
+    net = start.net if start.net is not teacher.net else dense_copy(teacher.net, teacher.net.state_dict(), codec.device)
+    net.requires_grad_(True)
     student, parameters = Denoiser(net, start.schedule, start.prediction_type), Weights(net.named_parameters())
     if config.assistant == "full":
         copy = dense_copy(teacher.net, teacher.net.state_dict(), codec.device).requires_grad_(True)
@@ -372,14 +381,22 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
     optimizer = torch.optim.AdamW(parameters.values(), config.lr, betas, weight_decay=0.0, fused=True)
     optimizer_assistant = torch.optim.AdamW(parameters_assistant.values(), config.lr_assistant, betas, weight_decay=0.0, fused=True)
     ema = EMA(parameters.items(), config.ema)
+    rewarded, before = config.assistant_warmup + config.warmup, run.out / "before.safetensors"
+    if run.start > rewarded and not before.exists():  # another run's checkpoint: what compare needs lies there
+        if not Path(config.resume, before.name).exists():
+            raise UserError(f"{before}: missing, it was written at iteration {rewarded}; copy it here, or choose another --out")
+        earlier = Path(config.resume, before.name).read_bytes()
+    else:
+        earlier = None
     run.begin(dict(student=parameters, assistant=parameters_assistant, ema=ema, optimizer=optimizer,
                    optimizer_assistant=optimizer_assistant))
     shown, null = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)], codec.null(run.rows.stop - run.rows.start)
-    rewarded = config.assistant_warmup + config.warmup
+    if earlier and run.rank == 0:
+        before.write_bytes(earlier)
     for iteration, y in enumerate(run.prompts(prompts), run.start):
         if iteration == rewarded and run.rank == 0:
             with ema.applied():
-                remember_before(run.out / "before.safetensors", student, codec, prompts, rewards_of)
+                remember_before(before, student, codec, prompts, rewards_of)
         cond, losses = codec.cond(y), {}
         for k in range(config.assistant_steps):
             losses = assistant_step(iteration, k, cond, run, config, codec.shape, student, assistant, parameters_assistant,
@@ -403,16 +420,16 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
 
 # Sampling
 
+@torch.no_grad()
 def measure_rewards(student, codec, prompts, rewards_of, num=512):
     """Mean reward and probe of num one-step pictures."""
-    y, sums = [prompts[i % len(prompts)] for i in range(num)], {}
-    z = Draws(1, 0, num, slice(None), "cpu").randn(*codec.shape)
-    with torch.no_grad():
-        for rows in torch.arange(num).split(32):
-            texts = [y[i] for i in rows]
-            f = one_step(student, z[rows].to(codec.device), codec.cond(texts))
-            for name, values in rewards_of(f, texts).items():
-                sums[name] = sums.get(name, 0.0) + values.sum().item() / num
+    sums = {}
+    for y, z in chunks_of([prompts[i % len(prompts)] for i in range(num)], codec, 1):
+        values = rewards_of(one_step(student, z, codec.cond(y)), y)
+        if not values:
+            break
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.sum().item() / num
     return sums
 
 
@@ -426,11 +443,8 @@ def remember_before(path, student, codec, prompts, rewards_of):
 def compare(config, teacher, codec, student, prompts, rewards_of):
     """OUT/comparison.png on the same noise and captions: the reference's 25 steps, the student before and after; prints rewards."""
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
-    z = Draws(0, 0, len(shown), slice(None), "cpu").randn(*codec.shape).to(codec.device)
-    reference = codec.decode(ddim_sample(teacher, z, 25, codec.cond(shown), codec.null(len(shown)), config.teacher_guidance)).cpu()
-    # A run continued with --resume may have passed that point in the other folder.
-    before = next(path for path in (Path(folder) / "before.safetensors" for folder in (config.out, config.resume)) if path.exists())
-    with safe_open(before, "pt") as file:
+    reference = draw_many_steps(teacher, codec, shown, 25, config.teacher_guidance)
+    with safe_open(Path(config.out) / "before.safetensors", "pt") as file:
         before, rewards_before = file.get_tensor("pictures"), json.loads(file.metadata()["rewards"])
     save_grid(torch.cat([reference, before, draw_samples(student, codec, shown, 0)]), Path(config.out) / "comparison.png", len(shown))
     for name, value in measure_rewards(student, codec, prompts, rewards_of).items():
@@ -452,13 +466,13 @@ def sample_command(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--grid", default="grid.png", help="the PNG to write")
     args = parser.parse_args(argv)
-    if args.num < 1:
-        raise UserError(f"--num {args.num}: must be at least 1")
+    for name, least in (("num", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if not (Path(args.run) / "pipeline").exists():
         raise UserError(f"--run {args.run}: no finished student in it; see its samples/ while it runs")
     student, codec = load(Path(args.run) / "pipeline", choose_device(args.device))
-    config = json.loads((Path(args.run) / "config.json").read_text())
-    prompts = args.prompts or prompts_of(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), codec)
+    prompts = args.prompts or prompts_of(read_config(Config, Path(args.run) / "config.json"), codec)
     images = draw_samples(student, codec, [prompts[i % len(prompts)] for i in range(args.num)], args.seed)
     try:
         save_grid(images, args.grid)

@@ -43,10 +43,10 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora,
-                    choose_device, chunk_for, convert, ddim_sample, dense_copy, draw_samples, enable_checkpointing,
-                    export_one_step, export_student, flag, fold_lora, load, load_dataset, load_decoder, load_distance,
-                    load_scorer, load_teacher, map_cond, mean_of, one_step, parse_config, part_of, prompts_of, remove_lora,
-                    run_command, sample_order, save_grid, start_processes, starting_student)
+                    check_targets, choose_device, chunk_for, claim_folder, convert, ddim_sample, dense_copy, draw_many_steps,
+                    draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora, load, load_dataset,
+                    load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of, one_step, parse_config, part_of,
+                    prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -103,7 +103,7 @@ class Config:
     clip_weight: float = flag(0.1, "weight of the CLIP loss at the start; 0: none; paper: 0.1")
     clip_decay: bool = flag(True, "let the weight fall linearly to 0 at the end; paper: yes")
     clip: str = flag("clip", "the CLIPModel of that loss: clip (ViT-B/32, the paper's), or a directory or hub id")
-    decoder: str = flag("madebyollin/taesd", "AutoencoderTiny that decodes for these losses; empty: the model's own; paper: TinyVAE")
+    decoder: str = flag("tiny", "AutoencoderTiny that decodes for these losses; tiny: TAESD, SDXL's or SD's (paper); empty: the model's own")
     reward: str = flag("", "a reward in the same clamped form (supplement 8.1): hps, pickscore, a directory or hub id")
     reward_tau: float = flag(0.3, "its threshold, a cosine")
     reward_weight: float = flag(0.1, "its weight at the start")
@@ -147,7 +147,7 @@ def preset_of(given):
     """The preset that fits the flags given: a real model must not get the mini model's rates."""
     if given.get("dataset") == "cifar10":
         return "cifar10"
-    return "shapes" if given.get("model", Config.model) == Config.model else "sd21"
+    return "shapes" if Path(given.get("model", Config.model)) == Path(Config.model) else "sd21"
 
 
 # Losses
@@ -311,28 +311,12 @@ def prepare_pairs(config, teacher, codec, prompts):
     """
     folder, rank, world = Path(config.out) / "pairs", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chunk = chunk_for(codec)
-    names = ("model", "prompts", "dataset", "seed", "teacher_guidance", "regularise", "regularise_steps")
-    made_with = {name: getattr(config, name) for name in names}
-    note = folder / "made_with.json"
-    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(made_with)):
-        raise UserError(f"{folder}: made with other flags ({note}); delete it, or choose another --out")
-    if world > 1:
-        dist.barrier()  # no process may look for the note while the first writes it
-    if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            note.with_suffix(".tmp").write_text(json.dumps(made_with))
-            note.with_suffix(".tmp").rename(note)
-        except OSError as error:
-            raise UserError(f"--out {config.out}: cannot write there ({error.strerror}); choose another folder")
-    if world > 1:
-        dist.barrier()
     dataset = load_dataset(config.dataset, codec.picture_size, config.seed) if config.regularise == "inversion" else None
     parts = [range(i, min(i + chunk, config.regularise_num)) for i in range(0, config.regularise_num, chunk)]
     files = [folder / f"{part.start:06d}-{part.stop:06d}.safetensors" for part in parts]
-    for i in tqdm(range(rank, len(files), world), desc="pairs", disable=rank > 0):
-        if files[i].exists():
-            continue
+    missing = claim_folder(folder, {name: getattr(config, name) for name in (
+        "model", "prompts", "dataset", "seed", "teacher_guidance", "regularise", "regularise_steps")}, [file.name for file in files])
+    for i in tqdm([i for i, file in enumerate(files) if file.name in missing][rank::world], desc="pairs", disable=rank > 0):
         draw = Draws(config.seed, 10**9 + i, len(parts[i]), slice(None), "cpu")
         if dataset is None:
             y, z = [prompts[k] for k in draw.randint(0, len(prompts))], draw.randn(*codec.shape).to(codec.device)
@@ -474,6 +458,8 @@ def check(config):
             ("null-share", 0 <= config.null_share < 1, "at least 0 and below 1"),
             ("ema", 0 <= config.ema < 1, "at least 0 and below 1"),
             ("t-min", 0 <= config.t_min <= config.t_max, "between 0 and --t-max"),
+            *((name, getattr(config, name.replace("-", "_")) > 0, "above 0") for name in
+              ("lr", "lr-b", "lr-lora-teacher", "convert-lr", "convert-clamp", "clip-norm")),
             *((name, getattr(config, name.replace("-", "_")) >= 1, "at least 1") for name in
               ("iterations-b", "convert-iterations", "rank", "rank-b", "alpha", "alpha-b", "regularise-num", "regularise-steps",
                "regularise-every"))):
@@ -491,9 +477,10 @@ def train(config):
     teacher, codec = load_teacher(config.model, config.dataset, device)
     if config.t_max >= len(teacher.schedule):
         raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {len(teacher.schedule) - 1}")
-    if not codec.guided and (tuple(config.guidance), config.teacher_guidance) != ((1.0,), 1.0):
-        raise UserError(f"--guidance {config.guidance}: {config.model} has no condition to guide by; "
-                        "use --guidance 1 --teacher-guidance 1")
+    if not codec.has_null and (tuple(config.guidance), config.teacher_guidance) != ((1.0,), 1.0):
+        raise UserError(f"--guidance {config.guidance} --teacher-guidance {config.teacher_guidance}: {config.model} has no empty "
+                        "condition to guide by; use --guidance 1 --teacher-guidance 1")
+    check_targets(teacher.net, config.lora_targets)
     prompts = prompts_of(config, codec)
     stages = ["a", "b", "merge"] if config.stage == "all" else [config.stage]
     # Whatever can be missing is loaded before anything is trained.
@@ -532,9 +519,7 @@ def merge_students(config, teacher, codec, prompts, scorer):
     merged = merge(state_a, state_b, config.merge_lambda)
     export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, Path(config.out) / "pipeline", len(schedule))
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
-    z = Draws(0, 0, len(shown), slice(None), "cpu").randn(*codec.shape).to(codec.device)
-    arguments = codec.cond(shown), codec.null(len(shown)), config.teacher_guidance
-    rows = [codec.decode(ddim_sample(teacher, z, steps, *arguments)).cpu() for steps in (1, 25)]
+    rows = [draw_many_steps(teacher, codec, shown, steps, config.teacher_guidance) for steps in (1, 25)]
     many = [prompts[i % len(prompts)] for i in range(512)]
     for name, state in dict(A=state_a, B=state_b, merged=merged).items():
         student = Denoiser(dense_copy(teacher.net, state, codec.device), schedule, prediction)
@@ -563,16 +548,15 @@ def sample_command(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--grid", default="grid.png", help="the PNG to write")
     args = parser.parse_args(argv)
-    if args.num < 1:
-        raise UserError(f"--num {args.num}: must be at least 1")
+    for name, least in (("num", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     folders = dict(merged=Path(args.run) / "pipeline", b=Path(args.run) / "b" / "pipeline", a=Path(args.run) / "a" / "pipeline")
     found = [name for name in ((args.which,) if args.which else folders) if folders[name].exists()]
     if not found:
         raise UserError(f"--run {args.run}: no finished student {args.which or ''} in it; see its samples/ while it runs")
     student, codec = load(folders[found[0]], choose_device(args.device))
-    config = next(Path(args.run).glob("[ab]/config.json"))
-    prompts = args.prompts or prompts_of(Config(**{k: tuple(v) if isinstance(v, list) else v
-                                                   for k, v in json.loads(config.read_text()).items()}), codec)
+    prompts = args.prompts or prompts_of(read_config(Config, next(Path(args.run).glob("[ab]/config.json"), args.run)), codec)
     if args.slerp:
         images = draw_strip(student, codec, args.slerp, prompts, args.seed, args.num)
     else:

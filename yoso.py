@@ -19,7 +19,7 @@ numbers stand in fine_tune_step). One level apart is too little there, so the re
 consistency target from m = 25 below; G(x, 0) = x by construction, so that the chain still ends at the data. D is half of the
 pretrained UNet with a head, the consistency distance is taken in the features of that half, frozen (Eq. 5). Two remedies for a
 noise level T that is not pure noise: sampling starts from the informative prior (section 5.2), or --adapt first makes the
-network predict v on a schedule that ends in pure noise (section 5.3).
+network predict v on a schedule that ends in pure noise (section 5.2).
 
 Symbols, paper -> code: x, x_0 -> x0; x_t -> x_t; x_{t-1} -> x_r; sqrt(abar_t) -> alpha_t; G_theta -> generator; D_phi ->
 discriminator (returns logits); x^t -> fake; x^{t-1} -> target; lambda_t -> lambda_rec; lambda_t^con -> lambda_con; eta -> lr;
@@ -54,12 +54,15 @@ import torch.nn.functional as F
 from diffusers import DDPMPipeline, LCMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, Run, UserError, Weights,
-                    add_lora, choose_device, chunk_for, ddgan_betas, ddim_sample, dense_copy, enable_checkpointing,
-                    export_one_step, export_student, flag, load, load_dataset, load_distance, map_cond, mean_of, parse_config,
-                    part_of, prompts_of, read_checkpoint, run_command, sample_order, save_grid, squared_distance, start_processes)
+                    add_lora, agreed, choose_device, chunk_for, claim_folder, ddgan_betas, dense_copy, draw_many_steps,
+                    enable_checkpointing, export_one_step, export_student, flag, load, load_dataset, load_distance, map_cond,
+                    mean_of, parse_config, part_of, prompts_of, read_checkpoint, read_config, run_command, sample_order, save_grid,
+                    squared_distance, start_processes, write_text)
 
 
 # Configuration: the defaults are the paper's CIFAR-10 run, and below its fine-tuning of SD 1.5; a preset changes what it names
@@ -129,7 +132,7 @@ class FineTune:
     model: str = flag("assets/mini-sd", "what is fine-tuned: a diffusers pipeline of SD or PixArt, directory or hub id")
     lora: str = flag("", "LoRA weights merged into it first")
     discriminator: str = flag("", "the pipeline whose UNet gives D and the features; empty: --model; for PixArt: SD 1.5")
-    dataset: str = flag("shapes", "captioned pictures: shapes, cifar10 or a folder")
+    dataset: str = flag("", "captioned pictures: shapes, cifar10 or a folder; or see --generate")
     prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset")
     generate: int = flag(0, "train on that many pictures that --generator draws first into OUT/data, instead of on --dataset")
     generator: str = flag("", "a pipeline of few steps, directory or hub id; YOSO-LoRA: stabilityai/sdxl-turbo")
@@ -182,14 +185,14 @@ FINE_TUNE_PRESETS = {
     "lora": dict(rank=64, ema=0.999, iterations=5000),
     "pixart": dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
     "shapes": dict(
-        iterations=1000, batch_size=32, lr=1e-4, lr_d=1e-4, ema=0.99, save_every=250, alpha=64, adapt_iterations=300,
+        dataset="shapes", iterations=1000, batch_size=32, lr=1e-4, lr_d=1e-4, ema=0.99, save_every=250, alpha=64, adapt_iterations=300,
         adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0),
 }
 
 
 def preset_of(given):
     """The preset that fits the flags given: a real model must not get the mini model's rates."""
-    if given.get("model", FineTune.model) == FineTune.model:
+    if Path(given.get("model", FineTune.model)) == Path(FineTune.model):
         return "shapes"
     return "lora" if given.get("rank") else "full"
 
@@ -268,7 +271,7 @@ def boundary(t):
 def adaptation_target(eps, x0, schedule, t):
     """The velocity alpha_t eps - sigma_t x0 on the student's schedule, for the teacher's eps and x0 [B, C, H, W], t [B].
 
-    Stage I of section 5.3: the student's schedule is the teacher's, and this is the teacher's own v. Stage II: the rescaled one;
+    Stage I of section 5.2: the student's schedule is the teacher's, and this is the teacher's own v. Stage II: the rescaled one;
     with the teacher's coefficients instead, as printed, a perfect student's x0 would keep a share of the noise.
     """
     alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
@@ -489,7 +492,7 @@ def fine_tune_step(iteration, pictures, captions, run, config, codec, codec_d, g
     batch = dict(t=draw.randint(0, len(schedule)), eps=draw.randn(*codec.shape), pictures=pictures, cond=cond,
                  cond_d=cond if codec_d is codec else codec_d.cond(captions))
     parts = [{name: part_of(value, rows) for name, value in batch.items()} for rows in run.micro_batches]
-    t_real, t_con = (round(offset * len(schedule) / 1000) for offset in (config.real_offset, config.con_offset))
+    t_real, t_con = (max(1, round(offset * len(schedule) / 1000)) for offset in (config.real_offset, config.con_offset))
 
     # 2, 3. As from scratch, one forward of G(x_t, t) serves both updates where its graph can be kept.
     keep_graph = len(parts) == 1
@@ -554,7 +557,7 @@ def update_pretrained(parts, keep_graph, run, config, generator, discriminator, 
 
 
 def adapt_step(iteration, pictures, captions, run, config, codec, teacher, student, optimizer):
-    """One regression step of section 5.3: the student's v, on its own schedule, onto the teacher's prediction on the teacher's."""
+    """One regression step of section 5.2: the student's v, on its own schedule, onto the teacher's prediction on the teacher's."""
     draw, cond = run.draws(iteration), codec.cond(captions)
     t, eps = draw.randint(0, len(teacher.schedule)), draw.randn(*codec.shape)
     optimizer.zero_grad()
@@ -747,60 +750,82 @@ def check_fine_tune(config):
         if getattr(config, name) not in choices:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: unknown; choose one of "
                             f"{', '.join(str(c) for c in choices)}")
-    for name in ("rank", "real_offset", "con_offset", "lambda_rec", "lambda_con", "adapt_iterations", "generate"):
+    for name in ("rank", "lambda_rec", "lambda_con", "weight_decay", "adapt_iterations", "generate"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    for name in ("alpha", "prior_num"):
+    for name in ("alpha", "prior_num", "real_offset", "con_offset"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    for name in ("lr", "lr_d", "clip_norm", "weight_limit", "adapt_lr", "adapt_clamp"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0 and finite")
     if not 0 <= config.ema < 1:
         raise UserError(f"--ema {config.ema}: must be at least 0 and below 1")
     if config.generate and not config.generator:
         raise UserError(f"--generate {config.generate}: needs a --generator that draws the pictures")
+    for name in ("generator", "generator_lora", "prompts"):
+        if getattr(config, name) and not config.generate:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: only draws pictures with --generate NUMBER")
+    if not (config.dataset or config.generate and config.prompts):
+        raise UserError("--dataset: give a folder of captioned pictures, or have them drawn by --generate, --generator and --prompts")
 
 
 def prepare_data(config, device):
     """The folder OUT/data: --generate pictures of --generator, a PNG and its caption each; what is there already is kept."""
-    generator, codec = load(config.generator, device, config.generator_lora)
-    prompts, prior = prompts_of(config, codec), InformativePrior.read(config.generator, device)
-    folder, made_by = Path(config.out) / "data", {k: getattr(config, k) for k in (
-        "generator", "generator_lora", "nfe", "prompts", "dataset", "seed")}
-    rank, world, record = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), folder / "generated.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if record.exists() and json.loads(record.read_text()) != made_by:
-        raise UserError(f"--generate: {folder} was made by {record.read_text().strip()}; repeat these flags, or delete it")
-    if rank == 0:
-        record.write_text(json.dumps(made_by) + "\n")
-    chunk = chunk_for(codec)
-    for number, first in enumerate(range(0, config.generate, chunk)):
-        indices = range(first, min(first + chunk, config.generate))
-        if number % world != rank or (folder / f"{indices[-1]:08d}.txt").exists():  # a chunk's last caption is written last
-            continue
-        y = [prompts[i % len(prompts)] for i in indices]
+    folders = [Path(folder) / "data" for folder in (config.out, config.resume) if folder]
+    folder = next((folder for folder in folders if folder.exists()), folders[0])
+    names = [f"{i:08d}" for i in range(config.generate)]
+    if agreed(lambda: not all((folder / f"{name}.txt").exists() for name in names)):
+        generator, codec = load(config.generator, device, config.generator_lora)
+        prompts = prompts_of(config, codec)
+    missing = claim_folder(folder, {k: getattr(config, k) for k in (
+        "generator", "generator_lora", "nfe", "prompts", "dataset", "seed")}, [f"{name}.txt" for name in names])
+    more = agreed(lambda: len(list(folder.glob("*.txt")))) - config.generate + len(missing)
+    if more > 0:
+        raise UserError(f"--generate {config.generate}: {folder} holds {more} pictures more; raise the number, or delete it")
+    if not missing:
+        return str(folder)
+    prior, chunk = InformativePrior.read(config.generator, device), chunk_for(codec)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    firsts = sorted({int(Path(name).stem) // chunk * chunk for name in missing})
+    for first in tqdm(firsts[rank::world], desc="pictures", disable=rank > 0):
+        y = [prompts[i % len(prompts)] for i in range(first, min(first + chunk, config.generate))]
         pictures = torch.cat(list(draw_pictures(generator, codec, y, config.nfe, config.seed, prior, first)))
         pictures = ((pictures / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        for i, picture in zip(indices, pictures):
-            Image.fromarray(picture).save(folder / f"{i:08d}.png")
-        for i, caption in zip(indices, y):
-            (folder / f"{i:08d}.txt").write_text(caption + "\n", encoding="utf-8")
+        for name, picture, caption in zip(names[first:], pictures, y):
+            Image.fromarray(picture).save(folder / f"{name}.png")
+            write_text(folder / f"{name}.txt", caption)  # second: where there is a caption, the picture is complete
     if world > 1:
         dist.barrier()
     return str(folder)
 
 
 @torch.no_grad()
-def estimate_prior(config, codec, dataset):
-    """The InformativePrior of the run's first pictures."""
-    chunk, latents = chunk_for(codec), []
-    for first in range(0, config.prior_num, chunk):
-        order = sample_order(dataset, config.seed, range(first, min(first + chunk, config.prior_num)))
-        pictures = torch.stack([dataset[i]["image"] for i in order]).to(codec.device).float() / 127.5 - 1
-        latents.append(codec.encode(pictures))
-    return InformativePrior.of(torch.cat(latents))
+def estimate_prior(run, config, codec, dataset):
+    """The InformativePrior of the run's first pictures; kept in OUT for a resumed run."""
+    prior = InformativePrior.read(config.out, codec.device) if run.start else None
+    if not prior:
+        chunk, latents = chunk_for(codec), []
+        for first in range(0, config.prior_num, chunk):
+            order = sample_order(dataset, config.seed, range(first, min(first + chunk, config.prior_num)))
+            pictures = torch.stack([dataset[i]["image"] for i in order]).to(codec.device).float() / 127.5 - 1
+            latents.append(codec.encode(pictures).cpu())
+        prior = InformativePrior.of(torch.cat(latents).to(codec.device))
+        prior.save(config.out)
+    return prior
+
+
+def original_pictures(run, config, teacher, codec, captions):
+    """What is fine-tuned, as it was: pictures of 1 and of 25 DDIM steps, [2 N, 3, H, W]; kept in OUT for a resumed run."""
+    path = Path(config.out) / "original.safetensors"
+    if not run.start or not path.exists():
+        pictures = [draw_many_steps(teacher, codec, captions, steps, config.teacher_guidance) for steps in (1, 25)]
+        save_file(dict(pictures=torch.cat(pictures).contiguous()), path)
+    return load_file(path)["pictures"]
 
 
 def adapt(config, teacher, codec, dataset):
-    """Section 5.3: the teacher as a v-predicting Denoiser with zero terminal SNR, by two regressions; the teacher stays as it is.
+    """Section 5.2: the teacher as a v-predicting Denoiser with zero terminal SNR, by two regressions; the teacher stays as it is.
 
     Stage I keeps the schedule (skipped where the teacher predicts v already), stage II rescales it. The result is exported to
     OUT/adapt-2/pipeline, on which a LoRA trained afterwards belongs.
@@ -811,12 +836,13 @@ def adapt(config, teacher, codec, dataset):
         stages.pop("adapt-1")
     # What the adaptation does not depend on may change.
     free = FREE_FLAGS | {name for name in vars(config) if name not in (
-        "model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed", "batch_size", "weight_decay",
-        "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp")} - {"iterations"}
+        "model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed", "batch_size", "precision",
+        "weight_decay", "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp")} - {"iterations"}
     for stage, schedule in stages.items():
         student = Denoiser(net, schedule, "v_prediction")
         if config.adapt_iterations:
-            run = Run(replace(config, out=f"{config.out}/{stage}", resume="", iterations=config.adapt_iterations), free=free)
+            resume = f"{config.resume}/{stage}" if config.resume and Path(config.resume, stage, "checkpoint").exists() else ""
+            run = Run(replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=config.adapt_iterations), free=free)
             net.requires_grad_(True)
             if config.gradient_checkpointing:
                 enable_checkpointing(net)
@@ -827,6 +853,7 @@ def adapt(config, teacher, codec, dataset):
                 if run.finish_iteration(iteration, losses):
                     break
             run.end()
+            optimizer.zero_grad()
     net.requires_grad_(False)
     if int(os.environ.get("RANK", 0)) == 0:
         export_one_step(codec, net, "v_prediction", Path(config.out) / "adapt-2" / "pipeline", zero_snr=True)
@@ -841,26 +868,43 @@ def fine_tune(config):
     teacher, codec = load(config.model, device, config.lora)
     if codec.vae is None:
         raise UserError(f"--model {config.model}: works on pixels; give an SD, SDXL or PixArt pipeline")
+    zero_snr = teacher.schedule.alpha[-1].item() < 1e-3
+    if config.adapt and zero_snr:
+        raise UserError(f"--adapt: {config.model} has zero terminal SNR already; leave the flag out")
     half, codec_d = load(config.discriminator, device) if config.discriminator else (teacher, codec)
     if not isinstance(half.net, UNet2DConditionModel):
         raise UserError(f"--discriminator: {config.discriminator or config.model} has no UNet to make one from; "
                         "give SD 1.5, which has the same latents")
-    if codec_d.shape[0] != codec.shape[0]:
-        raise UserError(f"--discriminator {config.discriminator}: works on {codec_d.shape[0]} channels, --model on {codec.shape[0]}")
+    latents = [(c.shape[0], c.vae.config.scaling_factor) for c in (codec_d, codec)]
+    if latents[0] != latents[1]:
+        raise UserError(f"--discriminator {config.discriminator}: its latents have {latents[0][0]} channels and the scale {latents[0][1]}, "
+                        f"--model's {latents[1][0]} and {latents[1][1]}; give two of the same VAE")
     run = Run(config)
     dataset = load_dataset(prepare_data(config, device) if config.generate else config.dataset, codec.picture_size, config.seed)
-    train_pretrained(run, config, teacher, codec, half, codec_d, dataset)
-
-
-def train_pretrained(run, config, teacher, codec, half, codec_d, dataset):
-    """The training on Eq. 6; exports the averaged generator to OUT/pipeline and draws OUT/comparison.png."""
     captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
-    codec.warn_of_long(captions)
-    prior, rows = estimate_prior(config, codec, dataset), original_pictures(config, teacher, codec, captions[:8])
+    if not any(captions):
+        raise UserError(f"--dataset {config.dataset}: its pictures have no captions; add metadata.jsonl, or a .txt beside each")
+    for part in {codec, codec_d}:
+        part.warn_of_long(captions)
+    prior = rows = None
+    if run.rank == 0:
+        run.make_folder()
+        prior = None if config.adapt or zero_snr else estimate_prior(run, config, codec, dataset)
+        rows = original_pictures(run, config, teacher, codec, captions[:8])
     start = adapt(config, teacher, codec, dataset) if config.adapt else teacher
     # The frozen half shares the weights of a network that stays frozen too.
     features = HalfUNet(half.net, share=config.rank > 0 or half.net is not start.net)
-    discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(run.device)
+    discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(device)
+    # What is not called again gives its memory back.
+    if half.net is not start.net:
+        half.net.up_blocks.to("meta")
+    if teacher.net not in (start.net, half.net):
+        teacher.net.to("meta")
+    train_pretrained(run, config, start, codec, features, discriminator, codec_d, dataset, captions, prior, rows)
+
+
+def train_pretrained(run, config, start, codec, features, discriminator, codec_d, dataset, captions, prior, rows):
+    """The training on Eq. 6; exports the averaged generator to OUT/pipeline and draws OUT/comparison.png below the rows."""
     if config.rank:
         generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
         parameters = add_lora(start.net, "student", config.rank, config.alpha)
@@ -890,20 +934,12 @@ def train_pretrained(run, config, teacher, codec, half, codec_d, dataset):
             break
     run.end()
     if run.rank == 0:
-        export_student(codec, generator, ema, run.out, zero_snr=config.adapt, prior=prior)
+        export_student(codec, generator, ema, run.out, zero_snr=prior is None, prior=prior)
         with ema.applied():
-            rows += [picture for nfe in (1, 2, 4) for picture in draw_pictures(generator, codec, captions[:8], nfe, 0, prior)]
-        save_grid(torch.cat(rows), run.out / "comparison.png")
+            ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(generator, codec, captions[:8], nfe, 0, prior)]
+        save_grid(torch.cat([rows, *ours]), run.out / "comparison.png")
         print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, YOSO 1, 2 and 4 steps\n"
               f"{run.out}/pipeline: a diffusers pipeline for 1, 2 or 4 steps")
-
-
-@torch.no_grad()
-def original_pictures(config, teacher, codec, captions):
-    """What is fine-tuned, as it was: pictures of 1 and of 25 DDIM steps."""
-    z = Draws(0, 0, len(captions), slice(None), "cpu").randn(*codec.shape).to(codec.device)
-    arguments = codec.cond(captions), codec.null(len(captions)), config.teacher_guidance
-    return [codec.decode(ddim_sample(teacher, z, steps, *arguments)).clamp(-1, 1).cpu() for steps in (1, 25)]
 
 
 # Main
@@ -917,16 +953,22 @@ def merge_command(argv):
     parser.add_argument("--tuned", required=True, help="YOSO's, trained from --base")
     parser.add_argument("--alpha", type=float, default=1.0, help="factor on high - base; paper: 1")
     parser.add_argument("--beta", type=float, default=1.0, help="factor on tuned - base; paper: 1")
-    parser.add_argument("--out", required=True, help="folder of the merged pipeline, with --tuned's scheduler")
+    parser.add_argument("--out", required=True, help="folder of the merged pipeline, which predicts what --tuned does")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise UserError(f"--out {args.out}: exists already; choose a new folder")
     (base, _), (high, codec), (tuned, _) = (load(path) for path in (args.base, args.high, args.tuned))
-    if len({type(model.net) for model in (base, high, tuned)}) > 1:
-        raise UserError("--base, --high and --tuned: must be of one architecture")
-    state = add_differences(*(model.net.state_dict() for model in (base, high, tuned)), args.alpha, args.beta)
-    zero_snr = tuned.schedule.alpha[-1].item() < 1e-3
-    export_one_step(codec, dense_copy(high.net, state, "cpu"), tuned.prediction_type, args.out, zero_snr=zero_snr)
+    states = [model.net.state_dict() for model in (base, high, tuned)]
+    shapes = [{key: value.shape for key, value in state.items()} for state in states]
+    # The resolution's own: a table of positions.
+    other = [key for key in shapes[0] if key in shapes[1] and shapes[0][key] != shapes[1][key] and "pos_embed" not in key]
+    if len({type(model.net) for model in (base, high, tuned)}) > 1 or shapes[0] != shapes[2] or other:
+        raise UserError("--base, --high and --tuned: must be of one architecture, --high's resolution aside")
+    zero_snr, prior = tuned.schedule.alpha[-1].item() < 1e-3, InformativePrior.read(args.tuned)
+    if prior and prior.mean.shape != codec.shape:
+        prior = None
+    state = add_differences(*states, args.alpha, args.beta)
+    export_one_step(codec, dense_copy(high.net, state, "cpu"), tuned.prediction_type, args.out, zero_snr=zero_snr, prior=prior)
     print(f"{args.out}: a diffusers pipeline for 1, 2 or 4 steps")
 
 
@@ -943,8 +985,9 @@ def sample_command(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--grid", default="grid.png", help="the PNG to write")
     args = parser.parse_args(argv)
-    if args.num < 1:
-        raise UserError(f"--num {args.num}: must be at least 1")
+    for name, least in (("num", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     device = choose_device(args.device)
     settings = Path(args.run) / "config.json"
     if settings.exists() and "model" in json.loads(settings.read_text()):
@@ -969,8 +1012,7 @@ def sample_fine_tuned(args, device):
     if not pipeline.exists():
         raise UserError(f"--run {args.run}: not finished; see its samples/ while it runs")
     denoiser, codec = load(pipeline, device)
-    config = FineTune(**json.loads((Path(args.run) / "config.json").read_text()))
-    prompts = args.prompts or prompts_of(config, codec)
+    prompts = args.prompts or prompts_of(read_config(FineTune, Path(args.run) / "config.json"), codec)
     prior = InformativePrior.read(pipeline, device) if args.prior else None
     return torch.cat(list(draw_pictures(denoiser, codec, [prompts[i % len(prompts)] for i in range(args.num)], args.nfe, args.seed, prior)))
 
