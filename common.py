@@ -554,11 +554,9 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
 
 
 def check_targets(net, targets):
-    """Raises UserError if one of a LoRA's targets is no layer of the network."""
-    names = [name for name, _ in net.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(f"--lora-targets {target}: the network has no such layer")
+    """Raises UserError if none of a LoRA's targets is a layer of the network, whose layers differ from class to class."""
+    if not any(f".{name}".endswith(f".{target}") for name, _ in net.named_modules() for target in targets):
+        raise UserError(f"--lora-targets {' '.join(targets)}: the network has no such layer")
 
 
 def remove_lora(net, name):

@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import common
@@ -464,12 +464,53 @@ def test_wrong_input(models, tmp_path):
     (tmp_path / "bad" / "config.json").write_text(json.dumps(config | dict(projection_dim=20)))
     save_file(dict(a=torch.zeros(1)), tmp_path / "other.safetensors")
     (tmp_path / "broken.bin").write_bytes(b"no weights")
+    clip.save_pretrained(tmp_path / "headless"), processor.save_pretrained(tmp_path / "headless")
+    weights = load_file(tmp_path / "headless" / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "projection.weight" not in k}, tmp_path / "headless" / "model.safetensors", dict(format="pt"))
+    tiny.pixel(tmp_path / "without_null")
+    (tmp_path / "without_null" / "classes.json").write_text(json.dumps(["cat", "dog", "bird"]))
+    AutoencoderTiny(latent_channels=16, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                    num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "wide")
     for more, message in ((["--reward", tmp_path / "bad"], "cannot be loaded as a CLIPModel"), (["--alpha-rew", -1], "--alpha-rew -1"),
-                          (["--model", tmp_path / "plain"], "no condition to guide by"), (["--student-timestep", 1000], "ends at 999"),
+                          (["--model", tmp_path / "plain"], "no empty condition to guide by"), (["--student-timestep", 1000], "ends at 999"),
                           (["--reward", ""], "needs a --reward"), (["--divergence", "js"], "--divergence js: unknown"),
                           (["--cfg-choice", 3], "--cfg-choice 3: unknown"), (["--assistant-steps", 0], "at least 1"),
                           (["--t-max", 1000], "0 to 999"), (["--student", tmp_path / "other.safetensors"], "not weights of"),
-                          (["--student", tmp_path / "broken.bin"], "not weights of"), (["--student", tmp_path / "none.bin"], "not weights of")):
+                          (["--student", tmp_path / "broken.bin"], "not weights of"), (["--student", tmp_path / "none.bin"], "not weights of"),
+                          (["--iterations", 0], "--iterations 0"), (["--lr-assistant", 0], "--lr-assistant 0"),
+                          (["--clip-norm", -1], "--clip-norm -1"), (["--reward", tmp_path / "headless"], "weights are missing"),
+                          (["--decoder", tmp_path / "wide"], "--decoder"), (["--decoder", models / "sd" / "vae"], "--decoder"),
+                          (["--model", tmp_path / "without_null", "--alpha-rew", 0, "--reward", "", "--probe", ""], "no empty condition"),
+                          (["--assistant", "lora", "--lora-targets", "nope"], "--lora-targets nope")):
         with pytest.raises(UserError, match=message):
             run(flags(models, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_in_other_folders(models, tmp_path):
+    """A, then B by --resume A, then B alone, then C by --resume B: the pictures and rewards from before travel along."""
+    run(flags(models, tmp_path / "whole", "--iterations", 5))
+    run(flags(models, tmp_path / "a", "--iterations", 2))
+    run(flags(models, tmp_path / "b", "--iterations", 3, "--resume", tmp_path / "a"))
+    assert not (tmp_path / "b" / "start").exists(), "what the checkpoint holds is not converted again"
+    run(flags(models, tmp_path / "b", "--iterations", 4))
+    run(flags(models, tmp_path / "c", "--iterations", 5, "--resume", tmp_path / "b"))
+    assert (tmp_path / "c" / "before.safetensors").read_bytes() == (tmp_path / "whole" / "before.safetensors").read_bytes()
+    assert equal(weights(tmp_path / "c" / "pipeline"), weights(tmp_path / "whole" / "pipeline"))
+    (tmp_path / "c" / "before.safetensors").unlink()
+    with pytest.raises(UserError, match="before.safetensors: missing"):
+        run(flags(models, tmp_path / "c", "--iterations", 6))
+    (tmp_path / "c" / "config.json").write_text("")
+    with pytest.raises(UserError, match="not the configuration of a run of this script"):
+        run(["sample", "--run", tmp_path / "c"])
+
+
+def test_rewards_and_reference_do_not_depend_on_the_chunk(models, monkeypatch):
+    """Every picture of the comparison starts from the noise of its column, however many are drawn at once."""
+    teacher, codec = load(models / "sd")
+    for chunk in (1, 3, 64):
+        monkeypatch.setattr(common, "chunk_for", lambda codec, chunk=chunk: chunk)
+        noise = torch.cat([z for _, z in common.chunks_of(["a"] * 7, codec, 0)])
+        monkeypatch.setattr(common, "ddim_sample", lambda teacher, z, *rest: z)
+        monkeypatch.setattr(codec, "decode", lambda x0: x0)
+        assert torch.equal(common.draw_many_steps(teacher, codec, ["a"] * 7, 25, 2.0), noise.clamp(-1, 1))
