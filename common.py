@@ -391,14 +391,14 @@ class Codec:
         return 120 if self.pipe.tokenizer.model_max_length > 120 else self.pipe.tokenizer.model_max_length
 
     def warn_of_long(self, prompts):
-        """One line on stderr if prompts are longer than the text encoder takes; they are cut."""
+        """One line on stderr if prompts are longer than the text encoder takes; they are cut. Of many, some thousands are looked at."""
         tokenizer = getattr(self.pipe, "tokenizer", None)
         if tokenizer is None:
             return
-        limit = self._max_tokens()
-        long = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
+        limit, shown = self._max_tokens(), list(prompts)[::max(1, len(prompts) // 2000)]
+        long = sum(len(ids) > limit for ids in tokenizer(shown).input_ids)
         if long and int(os.environ.get("RANK", 0)) == 0:
-            print(f"{long} of {len(prompts)} prompts are longer than the text encoder's {limit} tokens; their ends are not read",
+            print(f"{long} of {len(shown)} prompts{' looked at' * (len(shown) < len(prompts))} are longer than the text encoder's {limit} tokens; their ends are not read",
                   file=sys.stderr)
 
 
@@ -912,12 +912,19 @@ class Folder(Dataset):
                 with Image.open(path) as file:
                     image = TF.resize(TF.pil_to_tensor(file.convert("RGB")), self.size, antialias=True)
                     image = TF.center_crop(image, self.size)
-                if isinstance(caption, Path):
-                    caption = caption.read_text().strip()
-                return dict(image=image, caption=caption, skipped=skipped)
+                return dict(image=image, caption=self.caption(caption), skipped=skipped)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 skipped.append(str(path))
         raise UserError(f"--dataset {path.parent}: none of its {len(self)} pictures can be read")
+
+    @staticmethod
+    def caption(source):
+        """A caption, which may stand in a file."""
+        return source.read_text().strip() if isinstance(source, Path) else source
+
+    def all_captions(self):
+        """The different captions, sorted; no picture is read."""
+        return sorted({self.caption(source) for _, source in self.samples})
 
 
 class Cifar10(Dataset):
@@ -948,6 +955,10 @@ class Cifar10(Dataset):
             from torchvision.transforms.v2 import functional as TF
             image = TF.resize(image, self.size, antialias=True)
         return dict(image=image, caption=f"a photo of a {self.data.classes[label]}", skipped=[])
+
+    def all_captions(self):
+        """The ten captions."""
+        return [f"a photo of a {name}" for name in self.classes]
 
 
 def load_dataset(name, size, seed=0):
@@ -1538,11 +1549,8 @@ def prompts_of(config, codec):
         return [""]
     elif codec.classes:
         return [f"a photo of a {name}" for name in codec.classes]
-    elif config.dataset in ("shapes", "shapes-rolled"):
-        prompts = Shapes.all_captions()
     else:
-        dataset = load_dataset(config.dataset, codec.picture_size, config.seed)
-        prompts = sorted({dataset[i]["caption"] for i in range(len(dataset))} - {""})
+        prompts = [caption for caption in load_dataset(config.dataset, codec.picture_size, config.seed).all_captions() if caption]
         if not prompts:
             raise UserError(f"--dataset {config.dataset}: its pictures have no captions; give --prompts FILE")
     codec.warn_of_long(prompts)

@@ -135,6 +135,17 @@ def test_folder_with_text_beside(tmp_path):
     assert [dataset[i]["caption"] for i in range(2)] == ["a red field", ""]
 
 
+def test_captions_alone(tmp_path, monkeypatch):
+    """The prompts of a folder, each once, without reading a picture after the first."""
+    for name in ("cat/0.png", "cat/1.png", "dog/2.png"):
+        picture(tmp_path / name)
+    dataset = load_dataset(str(tmp_path), 8)
+    (tmp_path / "cat" / "0.txt").write_text("a big cat\n")
+    worded = load_dataset(str(tmp_path), 8)
+    monkeypatch.setattr(common.Image, "open", None)
+    assert dataset.all_captions() == ["cat", "dog"] and worded.all_captions() == ["a big cat", "cat", "dog"]
+
+
 def test_broken_picture_is_replaced_and_named(tmp_path):
     for i in range(3):
         picture(tmp_path / f"{i}.png", colour=(i * 50, 0, 0))

@@ -195,9 +195,12 @@ def test_prompt_files(tmp_path):
 def test_long_prompts_are_counted_once(tmp_path, capsys):
     for name, build in BUILDERS.items():
         _, codec = load(saved(tmp_path / name, build()))
+        capsys.readouterr()
         codec.warn_of_long(["a red circle " * 10, *PROMPTS])
         text = capsys.readouterr().err
         assert text.startswith("1 of 3 prompts are longer than the text encoder's 16 tokens") and text.count("\n") == 1
+        codec.warn_of_long(["a red circle " * 10] * 9000)
+        assert capsys.readouterr().err.startswith("2250 of 2250 prompts looked at are longer")
         codec.cond(["a red circle " * 10])
         codec.warn_of_long(PROMPTS)
         assert capsys.readouterr().err == ""
