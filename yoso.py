@@ -185,8 +185,8 @@ FINE_TUNE_PRESETS = {
     "lora": dict(rank=64, ema=0.999, iterations=5000),
     "pixart": dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
     "shapes": dict(
-        dataset="shapes", iterations=1000, batch_size=32, lr=1e-4, lr_d=1e-4, ema=0.99, save_every=250, alpha=64, adapt_iterations=300,
-        adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0),
+        dataset="shapes", iterations=2000, batch_size=32, lr=2e-4, lr_d=2e-4, ema=0.998, lambda_con=0.5, save_every=250, alpha=64,
+        adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0),
 }
 
 
