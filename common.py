@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from PIL import Image
@@ -429,7 +431,6 @@ def chunk_for(codec):
 
 def write_folder(path, save):
     """save(folder) into a new folder that is moved to `path` when complete."""
-    import shutil
     path, temporary = Path(path), Path(path).with_name(Path(path).name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save(temporary)
@@ -1146,7 +1147,7 @@ class Run:
     def __init__(self, config, micro_multiple=1, free=FREE_FLAGS):
         self.free = free
         self.config, self.out = config, Path(config.out)
-        self.checkpoint = self.out / "checkpoint" / "state.pt"
+        self.checkpoints = self.out / "checkpoint"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for name in ("iterations", "batch_size", "log_every", "save_every", "sample_every"):
             if getattr(config, name) < 1:
@@ -1169,8 +1170,8 @@ class Run:
         self.rows = slice(self.rank * local, (self.rank + 1) * local)
         self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]
         self.device = choose_device(config.device)
-        self.saved = self._read_checkpoint()
-        self.start = self.saved["iteration"] if self.saved else 0
+        self.source = self._find_checkpoint()
+        self.start = int(self.source.name) if self.source else 0
         self.signal = 0
         start_processes(self.device)
         if self.world > 1:
@@ -1180,29 +1181,28 @@ class Run:
                 raise UserError(f"--out {config.out}: the processes find different checkpoints; use a disk that all share")
         torch.manual_seed(config.seed)  # the same weights on every rank
 
-    def _read_checkpoint(self):
+    def _find_checkpoint(self):
         # The run's own checkpoint comes first, so that the same command, with or without --resume, continues it.
-        source = self.checkpoint
-        if not source.exists() and self.config.resume:
-            source = Path(self.config.resume) / "checkpoint" / "state.pt"
-            if not source.exists():
-                raise UserError(f"--resume {self.config.resume}: there is no checkpoint/state.pt in it")
-        if not source.exists():
+        source = latest_checkpoint(self.checkpoints)
+        if not source and self.config.resume:
+            source = latest_checkpoint(Path(self.config.resume) / "checkpoint")
+            if not source:
+                raise UserError(f"--resume {self.config.resume}: there is no checkpoint in it")
+        if not source:
             return None
-        saved = read_checkpoint(source)
-        differing = [f"--{name.replace('_', '-')} was {saved['config'].get(name)}, is {value}"
-                     for name, value in dataclasses.asdict(self.config).items()
-                     if name not in self.free and saved["config"].get(name) != value]
+        saved = checkpoint_note(source)["config"]
+        differing = [f"--{name.replace('_', '-')} was {saved.get(name)}, is {value}"
+                     for name, value in dataclasses.asdict(self.config).items() if name not in self.free and saved.get(name) != value]
         if differing:
             raise UserError(f"{source}: belongs to another configuration ({'; '.join(differing)}); "
                             "repeat that run's flags, or choose another --out")
-        return saved
+        return source
 
     def make_folder(self):
         """Makes the run's folder. Raises UserError if it cannot be written."""
         try:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.checkpoint.parent):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.checkpoints):
                 pass
         except OSError as error:
             raise UserError(f"--out {self.config.out}: cannot write there ({error.strerror}); choose another folder")
@@ -1213,14 +1213,15 @@ class Run:
         parts: name -> module, optimiser or EMA; all of them go into checkpoints. Log lines after the checkpoint are dropped.
         """
         self.make_folder()
-        for name, part in parts.items():
-            if self.saved:
-                part.load_state_dict(self.saved["state"][name])
-            elif self.world > 1 and isinstance(part, (torch.nn.Module, Weights, EMA)):
-                for tensor in part.state_dict().values():
-                    dist.broadcast(tensor, 0)
-        continued, self.saved, self.parts = self.saved is not None, None, parts
-        if continued and not self.checkpoint.exists():
+        if self.source:
+            load_parts(self.source, parts)
+        elif self.world > 1:
+            for part in parts.values():
+                if isinstance(part, (torch.nn.Module, Weights, EMA)):
+                    for tensor in part.state_dict().values():
+                        dist.broadcast(tensor, 0)
+        self.parts = parts
+        if self.source and self.source.parent != self.checkpoints:
             self.save(self.start)  # from another run: this one can now be continued on its own
         if self.rank == 0:
             write_text(self.out / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
@@ -1315,8 +1316,8 @@ class Run:
         if min(first_bad) < torch.inf:
             self.bar.close()
             name = names[first_bad.index(min(first_bad))]
-            kept = f"the checkpoint of iteration {read_checkpoint(self.checkpoint)['iteration']} is kept" \
-                if self.checkpoint.exists() else "no checkpoint had been written yet"
+            last = latest_checkpoint(self.checkpoints)
+            kept = f"the checkpoint of iteration {int(last.name)} is kept" if last else "no checkpoint had been written yet"
             raise UserError(f"iteration {int(min(first_bad))}: {name} is not finite, stopped; {kept}; "
                             "lower --lr, or use --precision fp32")
         now, count = time.perf_counter(), done - self.window_iteration
@@ -1336,20 +1337,36 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
     def save(self, done):
-        """Writes the state after `done` iterations; one atomic move replaces the file, so a kill leaves the old or the new."""
+        """Writes the state after `done` iterations into a new folder, moved into place when complete; then the one before it goes.
+
+        Every process writes what it holds, as safetensors; a note beside them, checkpoint.json, lists the files.
+        """
+        folder, new = self.checkpoints / f"{done:08d}", self.checkpoints / "new"
         if self.rank == 0:
-            temporary = self.checkpoint.with_suffix(".tmp")
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            try:
-                with open(temporary, "wb") as file:
-                    torch.save(dict(iteration=done, config=dataclasses.asdict(self.config), state=state), file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.checkpoint)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise UserError(f"{self.checkpoint}: iteration {done} cannot be saved ({error.strerror}); "
-                                "the one before it is kept")
+            shutil.rmtree(new, ignore_errors=True)
+        try:
+            if self.world > 1:
+                dist.barrier()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
+                dcp.save(flat_state(self.parts), storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
+            if self.rank == 0:
+                files = {file.name: file.stat().st_size for file in new.iterdir()}
+                write_text(new / "checkpoint.json", json.dumps(dict(config=dataclasses.asdict(self.config), files=files)))
+                for path in (*new.iterdir(), new):  # on the disk before it gets its name
+                    handle = os.open(path, os.O_RDONLY)
+                    os.fsync(handle)
+                    os.close(handle)
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
+                for old in self.checkpoints.iterdir():
+                    if old != folder:
+                        shutil.rmtree(old, ignore_errors=True)
+        except (OSError, dcp.CheckpointException) as error:
+            if isinstance(error, dcp.CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+            shutil.rmtree(new, ignore_errors=True)
+            raise UserError(f"{folder}: iteration {done} cannot be saved ({error}); the one before it is kept")
 
     def end(self):
         """Closes the run; after a signal, says how to go on and exits with 128 + its number."""
@@ -1359,7 +1376,7 @@ class Run:
             signal.signal(number, handler)
         if self.signal:
             if self.rank == 0:
-                print(f"stopped, saved to {self.checkpoint}; the same command continues", file=sys.stderr)
+                print(f"stopped, saved to {self.checkpoints}; the same command continues", file=sys.stderr)
             sys.exit(128 + self.signal)
 
 
@@ -1378,21 +1395,86 @@ def read_config(config_class, path):
         raise UserError(f"{path}: not the configuration of a run of this script ({error})")
 
 
-def read_checkpoint(path):
-    """A checkpoint written by Run.save: dict(iteration, config, state). Never unpickles code.
+def flat_state(parts):
+    """The tensors that a run's parts consist of, by "part.key"; an Adam's are numbered as its parameters."""
+    state = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            state |= {f"{name}.{i}.{key}": value for i, p in enumerate(parameters) for key, value in part.state.get(p, {}).items()}
+        else:
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+    return {key: value.view(1) if value.dim() == 0 else value for key, value in state.items()}
 
-    Raises UserError if the file is missing or damaged.
-    """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no checkpoint yet; a run writes it every --save-every iterations")
+
+def latest_checkpoint(folder):
+    """The folder of the last complete checkpoint in a run's checkpoint/, named by its iteration, or None."""
+    found = [path for path in Path(folder).glob("[0-9]*") if (path / "checkpoint.json").exists()]
+    return max(found, default=None)
+
+
+def checkpoint_note(path):
+    """The note of a checkpoint folder: dict(config, files). Raises UserError if it or a file beside it is damaged."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
-        return saved
-    except (OSError, MemoryError) as error:
-        raise UserError(f"{path}: cannot be read ({error})")
+        note = json.loads((path / "checkpoint.json").read_text())
+        note["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in note["config"].items()}
+        damaged = [name for name, size in note["files"].items() if (path / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: damaged or not a checkpoint ({error}); delete it to start this run anew")
+    if damaged:
+        raise UserError(f"{path}: damaged, {damaged[0]} has not the size it was written with; delete it to start this run anew")
+    return note
+
+
+def load_tensors(path, state):
+    """Fills a flat state from a checkpoint folder; each process reads what it needs. Raises UserError if that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise UserError(f"{path}: damaged or not a checkpoint of this run ({type(error).__name__}); delete it to start this run anew")
+
+
+def stored_tensors(path):
+    """key -> (shape, dtype) of a checkpoint folder. Raises UserError if it is damaged."""
+    try:
+        tensors = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except Exception as error:
         raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start this run anew")
+    return {key: (value.size, value.properties.dtype) for key, value in tensors.items()}
+
+
+def load_parts(path, parts):
+    """Puts a checkpoint into a run's parts, whatever the number of processes that wrote it."""
+    stored = stored_tensors(path)
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            for key in stored:
+                if key.startswith(f"{name}."):
+                    number, kind = key.removeprefix(f"{name}.").split(".")
+                    p = parameters[int(number)]
+                    part.state[p][kind] = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
+    load_tensors(path, flat_state(parts))
+
+
+def read_checkpoint(folder):
+    """The last checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state), state by part and key.
+
+    Raises UserError if it is missing or damaged.
+    """
+    path = latest_checkpoint(folder)
+    if not path:
+        raise UserError(f"{folder}: no checkpoint yet; a run writes it every --save-every iterations")
+    note = checkpoint_note(path)
+    tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in stored_tensors(path).items()}
+    load_tensors(path, tensors)
+    state = {}
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        state.setdefault(part, {})[name] = value
+    return dict(iteration=int(path.name), config=note["config"], state=state)
 
 
 # One-step students

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora,
                     check_targets, choose_device, chunk_for, claim_folder, convert, ddim_sample, dense_copy, draw_many_steps,
-                    draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora, load, load_dataset,
+                    draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora, latest_checkpoint, load, load_dataset,
                     load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of, one_step, parse_config, part_of,
                     prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, start_processes, starting_student)
 
@@ -472,7 +472,7 @@ def train(config):
     check(config)
     device = choose_device(config.device)
     start_processes(device)
-    if config.resume and not list(Path(config.resume).glob("*/checkpoint/state.pt")):
+    if config.resume and not any(map(latest_checkpoint, Path(config.resume).glob("*/checkpoint"))):
         raise UserError(f"--resume {config.resume}: there is no checkpoint in it")
     teacher, codec = load_teacher(config.model, config.dataset, device)
     if config.t_max >= len(teacher.schedule):

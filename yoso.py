@@ -640,7 +640,7 @@ def draw_pictures(denoiser, codec, prompts, nfe, seed, prior=None, start=0):
 
 def load_generator(run, device="cpu"):
     """The averaged generator of a finished or running run's last checkpoint: (generator, schedule, config)."""
-    saved = read_checkpoint(Path(run) / "checkpoint" / "state.pt")
+    saved = read_checkpoint(Path(run) / "checkpoint")
     try:
         config = Config(**saved["config"])
     except TypeError as error:

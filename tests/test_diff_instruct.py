@@ -211,7 +211,7 @@ def weights(folder):
 
 
 def state(out):
-    return common.read_checkpoint(out / "checkpoint" / "state.pt")["state"]
+    return common.read_checkpoint(out / "checkpoint")["state"]
 
 
 @pytest.fixture(scope="module")

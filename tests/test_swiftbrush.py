@@ -169,7 +169,7 @@ def weights(folder):
 
 
 def states(out):
-    return {stage: common.read_checkpoint(out / stage / "checkpoint" / "state.pt")["state"] for stage in ("start", "a", "b")}
+    return {stage: common.read_checkpoint(out / stage / "checkpoint")["state"] for stage in ("start", "a", "b")}
 
 
 def assert_same_students(out, expected, origin):
@@ -201,7 +201,7 @@ def finished(models, tmp_path_factory):
 def test_all_stages(models, finished):
     """Both students moved away from their start; the merge is their mean; diffusers alone loads what is exported."""
     a, b, merged = (weights(finished / f / "pipeline") for f in ("a", "b", "."))
-    start = common.read_checkpoint(finished / "start" / "checkpoint" / "state.pt")["state"]["student"]
+    start = common.read_checkpoint(finished / "start" / "checkpoint")["state"]["student"]
     for key in a:
         torch.testing.assert_close(merged[key], (a[key] + b[key]) / 2, atol=1e-7, rtol=1e-6)
     assert any(not torch.equal(a[k], start[k]) for k in a) and any(not torch.equal(b[k], start[k]) for k in b)

@@ -133,7 +133,7 @@ def run(arguments):
 
 
 def state(out):
-    return common.read_checkpoint(out / "checkpoint" / "state.pt")["state"]
+    return common.read_checkpoint(out / "checkpoint")["state"]
 
 
 @pytest.fixture(scope="module")
