@@ -312,7 +312,7 @@ def test_the_frozen_half_stays_the_originals(models, tmp_path, monkeypatch, more
 @pytest.mark.parametrize("con_weight", ["sqrt", "snr"])
 def test_the_weights_are_limited_and_scaled(models, monkeypatch, con_weight):
     """0.5 min(SNR(t), 5) and 2 min(w(t), 5), at timesteps on both sides of the limits."""
-    step, seen = build(models, "--con-weight", con_weight), []
+    step, seen = build(models, "--con-weight", con_weight, "--lambda-con", 2), []
     loss, t = yoso.generator_loss, torch.tensor([3, 30, 300, 900])
     monkeypatch.setattr(yoso, "generator_loss", lambda *arguments: seen.append(arguments[4:6]) or loss(*arguments))
     monkeypatch.setattr(common.Draws, "randint", lambda self, low, high: t)
