@@ -3,7 +3,7 @@
 One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2).
 x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients come as [B, 1, 1, 1].
 
-Sections: command line, noise schedule, denoiser, pretrained models, LoRA, scorers, EMA, data, distances, run, one-step students.
+Sections: command line, noise schedule, denoiser, pretrained models, LoRA, sharding, scorers, EMA, data, distances, run, one-step students.
 """
 
 import argparse
@@ -32,6 +32,9 @@ import torch.utils.checkpoint
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -583,8 +586,11 @@ class Weights(dict):
 
 
 def fold_lora(net, name):
-    """The dense weights of a network with the LoRA `name` folded in (None: without any), under the bare network's keys."""
-    state = {key.replace(".base_layer.", "."): value for key, value in net.state_dict().items() if "lora_" not in key}
+    """The dense weights of a network with the LoRA `name` folded in (None: without any), under the bare network's keys.
+
+    Of a sharded network the whole weights; then every process must call it.
+    """
+    state = {key.replace(".base_layer.", "."): whole(value) for key, value in net.state_dict().items() if "lora_" not in key}
     layers = {id(layer) for layer in getattr(net, "lora_layers", ())} if name else ()
     for path, module in net.named_modules():
         if id(module) in layers and name in module.lora_A:
@@ -656,6 +662,40 @@ def merge_lora_file(pipe, path):
             pipe.transformer = PeftModel.from_pretrained(pipe.transformer, path).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be loaded as LoRA weights ({' '.join(str(error).split())[:300]})")
+
+
+# Sharding
+
+def shard(config, *networks):
+    """With --shard and several processes, FSDP2: each keeps its part of every weight, gradient, moment and average of the networks.
+
+    A block's weights are gathered when it runs and dropped again. Comes before a network's parameters are collected; LoRAs, which
+    are added afterwards, stay whole on every process.
+    """
+    if not config.shard or not dist.is_initialized():
+        return
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            continue
+        mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
+        inside = []
+        for path, module in network.named_modules():
+            name = path.split(".")[-1]
+            if (name == "mid_block" or path.split(".")[-2:-1] in (["down_blocks"], ["up_blocks"], ["transformer_blocks"])) \
+                    and not any(path.startswith(f"{outer}.") for outer in inside):
+                fully_shard(module, mesh=mesh)
+                inside.append(path)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)  # torch keeps the outermost weights by default
+
+
+def whole(tensor):
+    """A sharded tensor's whole on every process, which all must call; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def class_of(net):
+    """The network's own class, which sharding hides behind one of its making."""
+    return next(c for c in type(net).__mro__ if not issubclass(c, FSDPModule))
 
 
 # Scorers
@@ -1009,8 +1049,10 @@ def sample_order(dataset, seed, counters):
 
 
 def save_grid(images, path, columns=8):
-    """Pictures in [-1, 1], [N, 3, H, W], as one PNG; pictures below 64 pixels are enlarged by a whole factor."""
+    """Pictures in [-1, 1], [N, 3, H, W], as one PNG, by the first process; pictures below 64 pixels are enlarged by a whole factor."""
     from torchvision.utils import save_image
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     scale = max(1, 64 // images.shape[-1])
     images = images.float().clamp(-1, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -1045,7 +1087,7 @@ def load_distance(name, device):
 
 # What may change between a run and its continuation: it alters neither the mathematics nor the networks
 # (iterations only where no learning rate depends on it).
-FREE_FLAGS = {"iterations", "out", "resume", "device", "workers", "micro_batch", "compile", "gradient_checkpointing",
+FREE_FLAGS = {"shard", "iterations", "out", "resume", "device", "workers", "micro_batch", "compile", "gradient_checkpointing",
               "log_every", "save_every", "sample_every"}
 
 
@@ -1167,6 +1209,8 @@ class Run:
                             f"which must be a multiple of {micro_multiple}")
         if config.precision not in ("fp32", "bf16"):
             raise UserError(f"--precision {config.precision}: unknown; choose fp32 or bf16")
+        # Who draws samples: the first process, or all, for the blocks of a sharded network are gathered from all.
+        self.shows = self.rank == 0 or getattr(config, "shard", False)
         self.rows = slice(self.rank * local, (self.rank + 1) * local)
         self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]
         self.device = choose_device(config.device)
@@ -1219,7 +1263,8 @@ class Run:
             for part in parts.values():
                 if isinstance(part, (torch.nn.Module, Weights, EMA)):
                     for tensor in part.state_dict().values():
-                        dist.broadcast(tensor, 0)
+                        if not isinstance(tensor, DTensor):
+                            dist.broadcast(tensor, 0)
         self.parts = parts
         if self.source and self.source.parent != self.checkpoints:
             self.save(self.start)  # from another run: this one can now be continued on its own
@@ -1269,10 +1314,10 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def average_gradients(self, parameters):
-        """Mean of the parameters' gradients over the ranks, in one exchange."""
-        if self.world == 1:
+        """Mean of the parameters' gradients over the ranks, in one exchange; a sharded network has taken its own in the backward pass."""
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+        if self.world == 1 or not gradients:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         means = flat.div_(self.world).split([g.numel() for g in gradients])
@@ -1512,7 +1557,7 @@ def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
 
 def dense_copy(net, state, device):
     """A network of the same architecture with the weights `state`, in eval mode."""
-    new = type(net).from_config(net.config)
+    new = class_of(net).from_config(net.config)
     new.load_state_dict(state)
     return new.to(device).eval()
 
@@ -1564,7 +1609,8 @@ def convert(run, codec, start, prediction, prompts):
     Reads from the run's config: convert_lr, convert_clamp, clip_norm, gradient_checkpointing. Exports to OUT/pipeline.
     """
     config = run.config
-    net = dense_copy(start.net, start.net.state_dict(), codec.device).requires_grad_(True)
+    net = dense_copy(start.net, fold_lora(start.net, None), codec.device).requires_grad_(True)
+    shard(config, net)
     if config.gradient_checkpointing:
         enable_checkpointing(net)
     student = Denoiser(net, start.schedule, prediction)
@@ -1588,26 +1634,31 @@ def convert(run, codec, start, prediction, prompts):
             break
     run.end()
     optimizer.zero_grad()
-    if run.rank == 0:
-        # A LoRA student's file belongs on top of this.
-        export_one_step(codec, net, prediction, run.out / "pipeline", len(start.schedule))
+    if run.shows:
+        state = fold_lora(net, None)
+        if run.rank == 0:
+            # A LoRA student's file belongs on top of this.
+            export_one_step(codec, dense_copy(net, state, "cpu"), prediction, run.out / "pipeline", len(start.schedule))
     net.requires_grad_(False)
     return student
 
 
-def export_student(codec, student, ema, out, **more):
+def export_student(run, codec, student, ema, **more):
     """The averaged student as a pipeline in OUT/pipeline, made on the CPU; a LoRA also as a file of its own.
 
-    more: as for export_one_step.
+    more: as for export_one_step. Every process calls it.
     """
+    if not run.shows:
+        return
     with ema.applied() if student.adapter else nullcontext():
         state = {key: value.cpu() for key, value in fold_lora(student.net, student.adapter).items()}
-        if student.adapter:
-            save_lora(codec, student.net, student.adapter, out)
+        if student.adapter and run.rank == 0:
+            save_lora(codec, student.net, student.adapter, run.out)
     if not student.adapter:
-        state |= {name: average.cpu() for name, average in ema.average.items()}
-    export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, Path(out) / "pipeline",
-                    len(student.schedule), **more)
+        state |= {name: whole(average).cpu() for name, average in ema.average.items()}
+    if run.rank == 0:
+        export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, run.out / "pipeline",
+                        len(student.schedule), **more)
 
 
 def load_teacher(model, dataset, device):

@@ -41,7 +41,7 @@ from torch import nn
 from common import (EMA, LORA_TARGETS, Denoiser, Run, UserError, Weights, add_lora, agreed, check_targets, choose_device, chunks_of,
                     convert, dense_copy, draw_many_steps, draw_samples, enable_checkpointing, export_student, flag, load,
                     load_decoder, load_scorer, load_teacher, mean_of, one_step, parse_config, part_of, prompts_of, read_config,
-                    run_command, save_grid, start_processes, starting_student)
+                    run_command, save_grid, shard, start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SDXL run; a preset changes what it names
@@ -63,6 +63,7 @@ class Config:
     precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
     compile: bool = flag(False, "torch.compile the networks; with --assistant lora the student's alone")
     gradient_checkpointing: bool = flag(False, "recompute the networks' activations in the backward pass: less memory, more time")
+    shard: bool = flag(False, "FSDP2: every process keeps its part of the networks' weights, gradients, moments and averages")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
     save_every: int = flag(500, "iterations between checkpoints")
     sample_every: int = flag(500, "iterations between grids in samples/")
@@ -365,11 +366,14 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
     """The training; exports the averaged student to OUT/pipeline and draws OUT/comparison.png."""
     net = start.net if start.net is not teacher.net else dense_copy(teacher.net, teacher.net.state_dict(), codec.device)
     net.requires_grad_(True)
+    shard(config, net)
     student, parameters = Denoiser(net, start.schedule, start.prediction_type), Weights(net.named_parameters())
     if config.assistant == "full":
         copy = dense_copy(teacher.net, teacher.net.state_dict(), codec.device).requires_grad_(True)
+        shard(config, copy)
         assistant, parameters_assistant = Denoiser(copy, teacher.schedule, teacher.prediction_type), Weights(copy.named_parameters())
-    else:
+    shard(config, teacher.net)
+    if config.assistant == "lora":
         assistant = Denoiser(teacher.net, teacher.schedule, teacher.prediction_type, "assistant")
         parameters_assistant = add_lora(teacher.net, "assistant", config.rank, config.alpha, config.lora_targets)
     for network in {student.net, teacher.net, assistant.net}:
@@ -394,9 +398,9 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
     if earlier and run.rank == 0:
         before.write_bytes(earlier)
     for iteration, y in enumerate(run.prompts(prompts), run.start):
-        if iteration == rewarded and run.rank == 0:
+        if iteration == rewarded and run.shows:
             with ema.applied():
-                remember_before(before, student, codec, prompts, rewards_of)
+                remember_before(run, before, student, codec, prompts, rewards_of)
         cond, losses = codec.cond(y), {}
         for k in range(config.assistant_steps):
             losses = assistant_step(iteration, k, cond, run, config, codec.shape, student, assistant, parameters_assistant,
@@ -406,16 +410,16 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
             losses |= student_step(iteration, y, cond, null, run, config, codec.shape, student, teacher, assistant, rewards_of, alpha_rew,
                                    parameters, parameters_assistant.values(), optimizer)
             ema.update()
-        if (iteration + 1) % config.sample_every == 0 and run.rank == 0:
+        if (iteration + 1) % config.sample_every == 0 and run.shows:
             with ema.applied():
                 save_grid(draw_samples(student, codec, shown, 0), run.out / "samples" / f"{iteration + 1:07d}.png")
         if run.finish_iteration(iteration, losses):
             break
     run.end()
-    if run.rank == 0:
-        export_student(codec, student, ema, run.out)
+    export_student(run, codec, student, ema)
+    if run.shows:
         with ema.applied():
-            compare(config, teacher, codec, student, prompts, rewards_of)
+            compare(run, config, teacher, codec, student, prompts, rewards_of)
 
 
 # Sampling
@@ -433,24 +437,29 @@ def measure_rewards(student, codec, prompts, rewards_of, num=512):
     return sums
 
 
-def remember_before(path, student, codec, prompts, rewards_of):
+def remember_before(run, path, student, codec, prompts, rewards_of):
     """The student's pictures and rewards before the reward acts, in a file for `compare`."""
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
     rewards = measure_rewards(student, codec, prompts, rewards_of)
-    save_file(dict(pictures=draw_samples(student, codec, shown, 0).contiguous()), path, metadata=dict(rewards=json.dumps(rewards)))
+    pictures = draw_samples(student, codec, shown, 0).contiguous()
+    if run.rank == 0:
+        save_file(dict(pictures=pictures), path, metadata=dict(rewards=json.dumps(rewards)))
 
 
-def compare(config, teacher, codec, student, prompts, rewards_of):
+def compare(run, config, teacher, codec, student, prompts, rewards_of):
     """OUT/comparison.png on the same noise and captions: the reference's 25 steps, the student before and after; prints rewards."""
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
-    reference = draw_many_steps(teacher, codec, shown, 25, config.teacher_guidance)
-    with safe_open(Path(config.out) / "before.safetensors", "pt") as file:
+    rows = [draw_many_steps(teacher, codec, shown, 25, config.teacher_guidance), draw_samples(student, codec, shown, 0)]
+    rewards = measure_rewards(student, codec, prompts, rewards_of)
+    if run.rank > 0:
+        return
+    with safe_open(run.out / "before.safetensors", "pt") as file:
         before, rewards_before = file.get_tensor("pictures"), json.loads(file.metadata()["rewards"])
-    save_grid(torch.cat([reference, before, draw_samples(student, codec, shown, 0)]), Path(config.out) / "comparison.png", len(shown))
-    for name, value in measure_rewards(student, codec, prompts, rewards_of).items():
+    save_grid(torch.cat([rows[0], before, rows[1]]), run.out / "comparison.png", len(shown))
+    for name, value in rewards.items():
         print(f"{name} ({getattr(config, name)}, 512 one-step pictures): {rewards_before[name]:.4f} before, {value:.4f} after")
-    print(f"{config.out}/comparison.png, from above: reference 25 steps, student before and after\n"
-          f"{config.out}/pipeline: the student, a diffusers pipeline")
+    print(f"{run.out}/comparison.png, from above: reference 25 steps, student before and after\n"
+          f"{run.out}/pipeline: the student, a diffusers pipeline")
 
 
 # Main

@@ -43,10 +43,10 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora,
-                    check_targets, choose_device, chunk_for, claim_folder, convert, ddim_sample, dense_copy, draw_many_steps,
+                    check_targets, choose_device, class_of, chunk_for, claim_folder, convert, ddim_sample, dense_copy, draw_many_steps,
                     draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora, latest_checkpoint, load, load_dataset,
                     load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of, one_step, parse_config, part_of,
-                    prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, start_processes, starting_student)
+                    prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, shard, start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -68,6 +68,7 @@ class Config:
     precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
     compile: bool = flag(False, "torch.compile the student of stage A; adapters are switched in the others, which breaks graphs")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    shard: bool = flag(False, "FSDP2: every process keeps its part of the networks' weights, gradients, moments and averages")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
     save_every: int = flag(500, "iterations between checkpoints")
     sample_every: int = flag(500, "iterations between grids in samples/")
@@ -396,6 +397,7 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
     run = stage_run(config, stage)
     if stage == "a":
         net = dense_copy(start.net, fold_lora(start.net, None), codec.device).requires_grad_(True)
+        shard(config, net)
         student, parameters = Denoiser(net, start.schedule, start.prediction_type), Weights(net.named_parameters())
     else:
         student = Denoiser(start.net, start.schedule, start.prediction_type, "student")
@@ -421,14 +423,13 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
                                   pair_loss, parameters, optimizer)
         losses |= lora_teacher_step(iteration, x0, cond, null, run, config, lora_teacher, parameters_lora, optimizer_lora)
         ema.update()  # 5.
-        if (iteration + 1) % config.sample_every == 0 and run.rank == 0:
+        if (iteration + 1) % config.sample_every == 0 and run.shows:
             with ema.applied():
                 save_grid(draw_samples(student, codec, shown, 0), run.out / "samples" / f"{iteration + 1:07d}.png")
         if run.finish_iteration(iteration, losses):
             break
     run.end()
-    if run.rank == 0:
-        export_student(codec, student, ema, run.out)
+    export_student(run, codec, student, ema)
     remove_lora(teacher.net, "lora_teacher")
     if stage == "b":
         remove_lora(start.net, "student")
@@ -441,7 +442,7 @@ def finished_student(config, stage, teacher):
         raise UserError(f"--stage {config.stage}: {folder} does not exist; run --stage {stage} first")
     part = "transformer" if (folder / "transformer").exists() else "unet"
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return type(teacher.net).from_pretrained(folder / part).state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
+    return class_of(teacher.net).from_pretrained(folder / part).state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
 
 
 def check(config):
@@ -500,12 +501,15 @@ def train(config):
         if config.regularise:
             distance = load_distance(config.distance, device)
             pair_loss = make_pair_loss(config, codec, decode, distance, prepare_pairs(config, teacher, codec, prompts))
+    shard(config, teacher.net, *([start.net] if start else []))
     for stage in stages:
         if stage == "start":
             start = convert(stage_run(config, "start"), codec, start, config.prediction, prompts)
         elif stage != "merge":
             train_student(stage, config, teacher, codec, start, prompts, image_losses, pair_loss)
-        elif int(os.environ.get("RANK", 0)) == 0:
+        elif config.shard or int(os.environ.get("RANK", 0)) == 0:
+            if config.shard and dist.is_initialized():
+                dist.barrier()  # until the first process has written the students
             merge_students(config, teacher, codec, prompts, scorers.get("clip"))
 
 
@@ -517,9 +521,11 @@ def merge_students(config, teacher, codec, prompts, scorer):
                         f"{len(others[1]) - 1}; train both with one --student and --prediction")
     schedule.to(codec.device)
     merged = merge(state_a, state_b, config.merge_lambda)
-    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, Path(config.out) / "pipeline", len(schedule))
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
     rows = [draw_many_steps(teacher, codec, shown, steps, config.teacher_guidance) for steps in (1, 25)]
+    if int(os.environ.get("RANK", 0)) > 0:  # it has lent its part of a sharded teacher
+        return
+    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, Path(config.out) / "pipeline", len(schedule))
     many = [prompts[i % len(prompts)] for i in range(512)]
     for name, state in dict(A=state_a, B=state_b, merged=merged).items():
         student = Denoiser(dense_copy(teacher.net, state, codec.device), schedule, prediction)

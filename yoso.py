@@ -60,9 +60,9 @@ from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, Run, UserError, Weights,
                     add_lora, agreed, choose_device, chunk_for, claim_folder, ddgan_betas, dense_copy, draw_many_steps,
-                    enable_checkpointing, export_one_step, export_student, flag, load, load_dataset, load_distance, map_cond,
+                    enable_checkpointing, export_one_step, export_student, flag, fold_lora, load, load_dataset, load_distance, map_cond,
                     mean_of, parse_config, part_of, prompts_of, read_checkpoint, read_config, run_command, sample_order, save_grid,
-                    squared_distance, start_processes, write_text)
+                    shard, squared_distance, start_processes, write_text)
 
 
 # Configuration: the defaults are the paper's CIFAR-10 run, and below its fine-tuning of SD 1.5; a preset changes what it names
@@ -147,6 +147,7 @@ class FineTune:
     compile: bool = flag(False, "torch.compile the networks; not the generator with --rank, whose adapters are switched")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     workers: int = flag(0, "processes that read pictures")
+    shard: bool = flag(False, "FSDP2: every process keeps its part of the networks' weights, gradients, moments and averages")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
     save_every: int = flag(500, "iterations between checkpoints")
     sample_every: int = flag(500, "iterations between grids in samples/")
@@ -820,8 +821,9 @@ def original_pictures(run, config, teacher, codec, captions):
     path = Path(config.out) / "original.safetensors"
     if not run.start or not path.exists():
         pictures = [draw_many_steps(teacher, codec, captions, steps, config.teacher_guidance) for steps in (1, 25)]
-        save_file(dict(pictures=torch.cat(pictures).contiguous()), path)
-    return load_file(path)["pictures"]
+        if run.rank == 0:
+            save_file(dict(pictures=torch.cat(pictures).contiguous()), path)
+    return load_file(path)["pictures"] if run.rank == 0 else None
 
 
 def adapt(config, teacher, codec, dataset):
@@ -830,7 +832,8 @@ def adapt(config, teacher, codec, dataset):
     Stage I keeps the schedule (skipped where the teacher predicts v already), stage II rescales it. The result is exported to
     OUT/adapt-2/pipeline, on which a LoRA trained afterwards belongs.
     """
-    net = dense_copy(teacher.net, teacher.net.state_dict(), codec.device)
+    net = dense_copy(teacher.net, fold_lora(teacher.net, None), codec.device)
+    shard(config, net)
     stages = {"adapt-1": teacher.schedule, "adapt-2": teacher.schedule.zero_terminal_snr()}
     if teacher.prediction_type == "v_prediction":
         stages.pop("adapt-1")
@@ -855,8 +858,9 @@ def adapt(config, teacher, codec, dataset):
             run.end()
             optimizer.zero_grad()
     net.requires_grad_(False)
+    state = fold_lora(net, None)
     if int(os.environ.get("RANK", 0)) == 0:
-        export_one_step(codec, net, "v_prediction", Path(config.out) / "adapt-2" / "pipeline", zero_snr=True)
+        export_one_step(codec, dense_copy(net, state, "cpu"), "v_prediction", Path(config.out) / "adapt-2" / "pipeline", zero_snr=True)
     return student
 
 
@@ -886,20 +890,22 @@ def fine_tune(config):
         raise UserError(f"--dataset {config.dataset}: its pictures have no captions; add metadata.jsonl, or a .txt beside each")
     for part in {codec, codec_d}:
         part.warn_of_long(captions)
+    # The frozen half shares the weights of a network that stays frozen too.
+    features = HalfUNet(half.net, share=bool(config.rank or config.adapt or config.discriminator) and not config.shard)
+    discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(device)
+    # What is not called again gives its memory back.
+    if half is not teacher:
+        (half.net if config.shard else half.net.up_blocks).to("meta")
+    shard(config, teacher.net, features, discriminator)
     prior = rows = None
     if run.rank == 0:
         run.make_folder()
         prior = None if config.adapt or zero_snr else estimate_prior(run, config, codec, dataset)
+    if run.shows:
         rows = original_pictures(run, config, teacher, codec, captions[:8])
     start = adapt(config, teacher, codec, dataset) if config.adapt else teacher
-    # The frozen half shares the weights of a network that stays frozen too.
-    features = HalfUNet(half.net, share=config.rank > 0 or half.net is not start.net)
-    discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(device)
-    # What is not called again gives its memory back.
-    if half.net is not start.net:
-        half.net.up_blocks.to("meta")
-    if teacher.net not in (start.net, half.net):
-        teacher.net.to("meta")
+    if config.adapt and not config.shard:
+        (teacher.net.up_blocks if half is teacher else teacher.net).to("meta")
     train_pretrained(run, config, start, codec, features, discriminator, codec_d, dataset, captions, prior, rows)
 
 
@@ -926,17 +932,18 @@ def train_pretrained(run, config, start, codec, features, discriminator, codec_d
         losses = fine_tune_step(iteration, pictures, texts, run, config, codec, codec_d, generator, discriminator, features, parameters,
                                 optimizer_g, optimizer_d)
         ema.update()  # 6.
-        if (iteration + 1) % config.sample_every == 0 and run.rank == 0:
+        if (iteration + 1) % config.sample_every == 0 and run.shows:
             with ema.applied():
                 save_grid(torch.cat(list(draw_pictures(generator, codec, captions, 1, 0, prior))),
                           run.out / "samples" / f"{iteration + 1:07d}.png")
         if run.finish_iteration(iteration, losses):
             break
     run.end()
-    if run.rank == 0:
-        export_student(codec, generator, ema, run.out, zero_snr=prior is None, prior=prior)
+    export_student(run, codec, generator, ema, zero_snr=prior is None, prior=prior)
+    if run.shows:
         with ema.applied():
             ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(generator, codec, captions[:8], nfe, 0, prior)]
+    if run.rank == 0:
         save_grid(torch.cat([rows, *ours]), run.out / "comparison.png")
         print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, YOSO 1, 2 and 4 steps\n"
               f"{run.out}/pipeline: a diffusers pipeline for 1, 2 or 4 steps")
