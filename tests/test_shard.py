@@ -99,3 +99,17 @@ def test_sharded_equals_one_process(models, tmp_path, name):
     same(*(load(tmp_path / run / "pipeline")[0].net.state_dict() for run in ("one", "two")))
     grids = [sorted(p.relative_to(tmp_path / run) for p in (tmp_path / run).rglob("*.png")) for run in ("one", "two")]
     assert grids[0] == grids[1] and grids[0]
+
+
+def test_a_run_moves_into_shards_and_back(models, tmp_path):
+    """Saved whole, continued in halves, then whole again: the run that stayed whole."""
+    def upto(iterations, out):
+        return [*flags("yoso", models, tmp_path / out), "--iterations", str(iterations)]
+    yoso.main(upto(1, "moved"))
+    sharded("yoso", upto(2, "moved"), tmp_path)
+    yoso.main(upto(3, "moved"))
+    yoso.main(upto(3, "stayed"))
+    moved, stayed = (common.read_checkpoint(tmp_path / run / "checkpoint")["state"] for run in ("moved", "stayed"))
+    assert {part: value.keys() for part, value in moved.items()} == {part: value.keys() for part, value in stayed.items()}
+    for part in ("generator", "discriminator", "ema"):
+        same(moved[part], stayed[part])
