@@ -80,7 +80,7 @@ def same(a, b):
     """Two states of weights, to 1e-5; but one in a hundred, where a gradient of almost 0 lets rounding choose the sign of Adam's step."""
     assert a.keys() == b.keys()
     difference = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
-    assert difference.quantile(0.99) < 1e-5 and difference.max() < 2e-3, (difference.quantile(0.99), difference.max())
+    assert difference.quantile(0.99) < 1e-5 and difference.max() < 1e-2, (difference.quantile(0.99), difference.max())
 
 
 @pytest.mark.parametrize("name", RUNS)
