@@ -403,8 +403,8 @@ class Codec:
         limit, shown = self._max_tokens(), list(prompts)[::max(1, len(prompts) // 2000)]
         long = sum(len(ids) > limit for ids in tokenizer(shown).input_ids)
         if long and int(os.environ.get("RANK", 0)) == 0:
-            print(f"{long} of {len(shown)} prompts{' looked at' * (len(shown) < len(prompts))} are longer than the text encoder's {limit} tokens; their ends are not read",
-                  file=sys.stderr)
+            print(f"{long} of {len(shown)} prompts{' looked at' * (len(shown) < len(prompts))} are longer than the text encoder's "
+                  f"{limit} tokens; their ends are not read", file=sys.stderr)
 
 
 def load_decoder(path_or_id, codec):
@@ -466,6 +466,7 @@ def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False,
         pipe = type(codec.pipe)(**{**codec.pipe.components, name: net, "scheduler": scheduler}, **extra)
 
     def save(folder):
+        """The pipeline and what lies beside it."""
         pipe.save_pretrained(folder)
         if codec.vae is None and codec.classes:
             (folder / "classes.json").write_text(json.dumps(codec.classes))

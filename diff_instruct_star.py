@@ -359,7 +359,8 @@ def conversion_run(config):
     """The Run of the conversion, in OUT/start; the flags that it does not depend on may differ from its checkpoint's."""
     bound = {"model", "student", "student_timestep", "lora", "prompts", "dataset", "seed", "batch_size", "precision", "prediction",
              "convert_iterations", "convert_lr", "convert_clamp", "clip_norm"}
-    return Run(replace(config, out=f"{config.out}/start", resume="", iterations=config.convert_iterations), free=vars(config).keys() - bound)
+    config = replace(config, out=f"{config.out}/start", resume="", iterations=config.convert_iterations)
+    return Run(config, free=vars(config).keys() - bound)
 
 
 def train_student(run, config, teacher, codec, start, prompts, rewards_of):

@@ -43,10 +43,11 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora,
-                    check_targets, choose_device, class_of, chunk_for, claim_folder, convert, ddim_sample, dense_copy, draw_many_steps,
-                    draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora, latest_checkpoint, load, load_dataset,
-                    load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of, one_step, parse_config, part_of,
-                    prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, shard, start_processes, starting_student)
+                    check_targets, choose_device, chunk_for, claim_folder, class_of, convert, ddim_sample, dense_copy,
+                    draw_many_steps, draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora,
+                    latest_checkpoint, load, load_dataset, load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of,
+                    one_step, parse_config, part_of, prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, shard,
+                    start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -104,7 +105,7 @@ class Config:
     clip_weight: float = flag(0.1, "weight of the CLIP loss at the start; 0: none; paper: 0.1")
     clip_decay: bool = flag(True, "let the weight fall linearly to 0 at the end; paper: yes")
     clip: str = flag("clip", "the CLIPModel of that loss: clip (ViT-B/32, the paper's), or a directory or hub id")
-    decoder: str = flag("tiny", "AutoencoderTiny that decodes for these losses; tiny: TAESD, SDXL's or SD's (paper); empty: the model's own")
+    decoder: str = flag("tiny", "AutoencoderTiny that decodes for these losses; tiny: TAESD (paper) or SDXL's; empty: the model's own")
     reward: str = flag("", "a reward in the same clamped form (supplement 8.1): hps, pickscore, a directory or hub id")
     reward_tau: float = flag(0.3, "its threshold, a cosine")
     reward_weight: float = flag(0.1, "its weight at the start")
@@ -442,7 +443,8 @@ def finished_student(config, stage, teacher):
         raise UserError(f"--stage {config.stage}: {folder} does not exist; run --stage {stage} first")
     part = "transformer" if (folder / "transformer").exists() else "unet"
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return class_of(teacher.net).from_pretrained(folder / part).state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
+    net = class_of(teacher.net).from_pretrained(folder / part)
+    return net.state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
 
 
 def check(config):

@@ -776,6 +776,7 @@ def prepare_data(config, device):
     folders = [Path(folder) / "data" for folder in (config.out, config.resume) if folder]
     folder = next((folder for folder in folders if folder.exists()), folders[0])
     names = [f"{i:08d}" for i in range(config.generate)]
+    # What can be missing is loaded before the folder is made; where all pictures are there, it is not needed.
     if agreed(lambda: not all((folder / f"{name}.txt").exists() for name in names)):
         generator, codec = load(config.generator, device, config.generator_lora)
         prompts = prompts_of(config, codec)
@@ -838,9 +839,9 @@ def adapt(config, teacher, codec, dataset):
     if teacher.prediction_type == "v_prediction":
         stages.pop("adapt-1")
     # What the adaptation does not depend on may change.
-    free = FREE_FLAGS | {name for name in vars(config) if name not in (
+    free = vars(config).keys() - {
         "model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed", "batch_size", "precision",
-        "weight_decay", "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp")} - {"iterations"}
+        "weight_decay", "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp"}
     for stage, schedule in stages.items():
         student = Denoiser(net, schedule, "v_prediction")
         if config.adapt_iterations:
@@ -939,6 +940,7 @@ def train_pretrained(run, config, start, codec, features, discriminator, codec_d
         if run.finish_iteration(iteration, losses):
             break
     run.end()
+    # A run has a prior just where its SNR_T is not zero.
     export_student(run, codec, generator, ema, zero_snr=prior is None, prior=prior)
     if run.shows:
         with ema.applied():
