@@ -54,6 +54,27 @@ def time_parts(parts, repeats, device):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def forward_pass(run, call):
+    """A function that makes call(), a network's output, without gradient."""
+    def go():
+        with torch.no_grad(), run.autocast():
+            call()
+    return go
+
+
+def backward_pass(run, call, frozen=()):
+    """A function that makes call() and goes back through it; parameters in `frozen` get no gradient."""
+    def go():
+        for p in frozen:
+            p.requires_grad_(False)
+        with run.autocast():
+            out = call()
+        out.float().mean().backward()
+        for p in frozen:
+            p.requires_grad_(True)
+    return go
+
+
 def yoso_parts(config, folder):
     """The passes that one YOSO step needs, each alone, and the step itself: (parts, parameters by network, device)."""
     run = Run(yoso.Config(**{**vars(config), "out": folder}), micro_multiple=yoso.Discriminator.GROUP)
@@ -69,28 +90,6 @@ def yoso_parts(config, folder):
     # Iterations without R1; its double backward is spread over r1_every steps and timed apart.
     plain = yoso.Config(**{**vars(config), "r1": 0.0})
 
-    def generator_forward():
-        with torch.no_grad(), run.autocast():
-            generator(x, t, z)
-
-    def generator_train():
-        with run.autocast():
-            out = generator(x, t, z)
-        out.float().mean().backward()
-
-    def discriminator_train():
-        with run.autocast():
-            out = discriminator(x2, t2)
-        out.float().mean().backward()
-
-    def discriminator_input():
-        discriminator.requires_grad_(False)
-        pixels = x.clone().requires_grad_()
-        with run.autocast():
-            out = discriminator(pixels, t)
-        out.float().mean().backward()
-        discriminator.requires_grad_(True)
-
     def distances():
         pixels = x.clone().requires_grad_()
         (distance(pixels, x2[:B]) + distance(pixels, x2[B:])).mean().backward()
@@ -98,8 +97,11 @@ def yoso_parts(config, folder):
     def step():
         yoso.train_step(0, x, run, plain, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
 
-    parts = {"G(x_r), forward": generator_forward, "G(x_t), forward + backward": generator_train,
-             "D(real, fake), forward + backward": discriminator_train, "D(fake) for G, forward + input backward": discriminator_input,
+    parts = {"G(x_r), forward": forward_pass(run, lambda: generator(x, t, z)),
+             "G(x_t), forward + backward": backward_pass(run, lambda: generator(x, t, z)),
+             "D(real, fake), forward + backward": backward_pass(run, lambda: discriminator(x2, t2)),
+             "D(fake) for G, forward + input backward": backward_pass(
+                 run, lambda: discriminator(x.clone().requires_grad_(), t), list(discriminator.parameters())),
              "distances, forward + backward": distances,
              "optimisers": lambda: (optimizer_g.step(), optimizer_d.step()), "step": step}
     if config.r1:
@@ -142,26 +144,6 @@ def swiftbrush_parts(config, folder, separate=False):
         image_losses = sb.make_image_losses(config, load_decoder(config.decoder, codec), scorers)
     x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
 
-    def student_train():
-        with run.autocast():
-            f = sb.one_step(student, x, cond)
-        f.mean().backward()
-
-    def guided(denoiser, scale):
-        with torch.no_grad(), run.autocast():
-            denoiser.predict(x, t, "epsilon", cond, null, scale)
-
-    def lora_teacher_train():
-        with run.autocast():
-            prediction = lora_teacher.predict(x, t, "epsilon", cond)
-        prediction.mean().backward()
-
-    def losses_on_pictures():
-        f = x.clone().requires_grad_()
-        with run.autocast():
-            losses = image_losses(f, prompts, 0)
-        sum(losses.values()).backward()
-
     def step():
         condition = codec.cond(prompts)
         x0, _ = sb.student_step(0, prompts, condition, null, run, config, codec.shape, student, teacher, lora_teacher, image_losses,
@@ -170,13 +152,16 @@ def swiftbrush_parts(config, folder, separate=False):
         ema.update()
 
     scale = config.guidance[-1]
-    parts = {"text encoder": lambda: codec.cond(prompts), "student, forward + backward": student_train,
-             "teacher, guided forward": lambda: guided(teacher, scale),
-             "LoRA teacher, guided forward": lambda: guided(lora_teacher, scale if config.guide_lora_teacher else 1.0),
-             "LoRA teacher, forward + backward": lora_teacher_train,
+    scales = {teacher: scale, lora_teacher: scale if config.guide_lora_teacher else 1.0}
+    guided = {d: forward_pass(run, lambda d=d: d.predict(x, t, "epsilon", cond, null, scales[d])) for d in scales}
+    parts = {"text encoder": lambda: codec.cond(prompts),
+             "student, forward + backward": backward_pass(run, lambda: sb.one_step(student, x, cond)),
+             "teacher, guided forward": guided[teacher], "LoRA teacher, guided forward": guided[lora_teacher],
+             "LoRA teacher, forward + backward": backward_pass(run, lambda: lora_teacher.predict(x, t, "epsilon", cond)),
              "optimisers, EMA": lambda: (optimizer.step(), optimizer_lora.step(), ema.update()), "step": step}
     if image_losses(x[:1], prompts[:1], 0):
-        parts["decoder and CLIP, forward + input backward"] = losses_on_pictures
+        parts["decoder and CLIP, forward + input backward"] = backward_pass(
+            run, lambda: sum(image_losses(x.clone().requires_grad_(), prompts, 0).values()))
     return parts, networks, device
 
 
@@ -211,50 +196,21 @@ def diff_instruct_parts(config, folder, plain=False):
         "reward", "probe") if getattr(config, name)})
     x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
 
-    def student_train():
-        with run.autocast():
-            f = di.one_step(student, x, cond)
-        f.mean().backward()
+    frozen = list(parameters_assistant.values())
 
-    def divergence():
-        x_t = x.clone().requires_grad_()
-        for p in parameters_assistant.values():
-            p.requires_grad_(False)
-        with run.autocast():
-            losses = di.divergence_losses(x_t, t, x, cond, null, config, reference, assistant)
-        sum(losses.values()).backward()
-        for p in parameters_assistant.values():
-            p.requires_grad_(True)
+    def divergence(x_t, level, eps):
+        return sum(di.divergence_losses(x_t, level, eps, cond, null, config, reference, assistant).values())
 
-    def reward():
-        f = x.clone().requires_grad_()
-        with run.autocast():
-            values = rewards_of(f, prompts)
-        values["reward"].mean().backward()
-
-    def new_picture():
-        with torch.no_grad(), run.autocast():
-            di.one_step(student, x, cond)
-
-    def assistant_train():
-        with run.autocast():
-            prediction = assistant.predict(x, t, "epsilon", cond)
-        prediction.mean().backward()
-
-    def plain_student_step():
+    def plain_loss():
         draw = run.draws(0)
         z, level, eps = draw.randn(*codec.shape), draw.randint(config.t_min, config.t_max + 1), draw.randn(*codec.shape)
+        f = di.one_step(student, z, cond)
+        loss = divergence(reference.schedule.add_noise(f, eps, level), level, eps)
+        return loss + di.reward_loss(rewards_of(f, prompts)["reward"], config.alpha_rew)
+
+    def plain_student_step():
         optimizer.zero_grad()
-        for p in parameters_assistant.values():
-            p.requires_grad_(False)
-        with run.autocast():
-            f = di.one_step(student, z, cond)
-            x_t = reference.schedule.add_noise(f, eps, level)
-            losses = di.divergence_losses(x_t, level, eps, cond, null, config, reference, assistant)
-            loss = sum(losses.values()) + di.reward_loss(rewards_of(f, prompts)["reward"], config.alpha_rew)
-        loss.backward()
-        for p in parameters_assistant.values():
-            p.requires_grad_(True)
+        backward_pass(run, plain_loss, frozen)()
         torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
         optimizer.step()
 
@@ -265,14 +221,18 @@ def diff_instruct_parts(config, folder, plain=False):
         if plain:
             plain_student_step()
         else:
-            di.student_step(0, prompts, condition, null, run, config, codec.shape, student, reference, assistant, rewards_of, config.alpha_rew,
-                            parameters, parameters_assistant.values(), optimizer)
+            di.student_step(0, prompts, condition, null, run, config, codec.shape, student, reference, assistant, rewards_of,
+                            config.alpha_rew, parameters, frozen, optimizer)
         ema.update()
 
-    return {"text encoder": lambda: codec.cond(prompts), "student, forward + backward": student_train,
-            "assistant and guided reference, forward + input backward": divergence,
-            "decoder, reward and probe, forward + input backward": reward,
-            "student for the assistant, forward": new_picture, "assistant, forward + backward": assistant_train,
+    return {"text encoder": lambda: codec.cond(prompts),
+            "student, forward + backward": backward_pass(run, lambda: di.one_step(student, x, cond)),
+            "assistant and guided reference, forward + input backward": backward_pass(
+                run, lambda: divergence(x.clone().requires_grad_(), t, x), frozen),
+            "decoder, reward and probe, forward + input backward": backward_pass(
+                run, lambda: rewards_of(x.clone().requires_grad_(), prompts)["reward"]),
+            "student for the assistant, forward": forward_pass(run, lambda: di.one_step(student, x, cond)),
+            "assistant, forward + backward": backward_pass(run, lambda: assistant.predict(x, t, "epsilon", cond)),
             "optimisers, EMA": lambda: (optimizer.step(), optimizer_assistant.step(), ema.update()), "step": step}, networks, device
 
 
