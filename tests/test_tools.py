@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +105,19 @@ def test_the_backgrounds_colour_error():
     assert evaluate.shapes_report(pictures, attributes)["background_error"] < 0.003
     assert evaluate.shapes_report((pictures.float() * 0.9).byte(), attributes)["background_error"] == pytest.approx(
         0.1 * torch.tensor([1.0, 0.5, 0.0])[attributes["background"]].mean().item(), abs=0.005)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_perfect_denoiser_has_no_loss(prediction_type):
+    schedule = common.NoiseSchedule.from_config(tiny.scheduler().config).zero_terminal_snr()
+    x0 = torch.randn(16, 4, 8, 8)
+
+    def perfect(x_t, t):
+        return SimpleNamespace(sample=schedule.convert(x0, x_t, t, "sample", prediction_type))
+
+    draw = common.Draws(0, 0, 16, slice(None), "cpu")
+    assert pretrain.denoising_loss(perfect, schedule, x0, {}, draw, prediction_type) < 1e-6
+    assert pretrain.denoising_loss(lambda x_t, t: SimpleNamespace(sample=0 * x_t), schedule, x0, {}, draw, prediction_type) > 0.5
 
 
 def test_a_base_is_trained_on(tmp_path):

@@ -126,10 +126,11 @@ def preference_loss(score_better, score_worse):
     return F.softplus(score_worse - score_better).mean()
 
 
-def epsilon_loss(unet, schedule, x0, cond, draw):
-    """Denoising score matching on latents x0 [B, C, H, W] with the condition: mean squared error in epsilon."""
+def denoising_loss(unet, schedule, x0, cond, draw, prediction_type="epsilon"):
+    """Denoising score matching on latents x0 [B, C, H, W] with the condition: mean squared error in epsilon, or in v."""
     t, eps = draw.randint(0, len(schedule)), draw.randn(*x0.shape[1:])
-    return (unet(schedule.add_noise(x0, eps, t), t, **cond).sample - eps).square().mean()
+    target = eps if prediction_type == "epsilon" else schedule.add_noise(eps, -x0, t)  # v = alpha eps - sigma x0
+    return (unet(schedule.add_noise(x0, eps, t), t, **cond).sample - target).square().mean()
 
 
 def emptied(captions, draw):
@@ -312,7 +313,7 @@ def train_mini_models(config):
             # The mean: where a drawing is flat the posterior is as wide as the prior, noise that the UNet would have to learn.
             latents = vae.encode(x0).latent_dist.mean * vae.config.scaling_factor
             text = text_encoder(tokens_of(tokenizer, emptied(captions, draw), device)).last_hidden_state
-        return epsilon_loss(unet, schedule, latents, dict(encoder_hidden_states=text), draw), {}
+        return denoising_loss(unet, schedule, latents, dict(encoder_hidden_states=text), draw), {}
 
     unet = train(config, "unet", build_unet, loss_of_unet, shapes)
 
@@ -367,8 +368,8 @@ def measure_pickscore(pickscore, tokenizer, num=2000):
 def train_base(config):
     """--base with its UNet trained on, on other data or for other noise levels; everything else stays as it is."""
     denoiser, codec = load(config.base, choose_device(config.device))
-    if not isinstance(denoiser.net, UNet2DConditionModel) or denoiser.prediction_type != "epsilon":
-        raise UserError(f"--base {config.base}: give a Stable Diffusion that predicts epsilon")
+    if not isinstance(denoiser.net, UNet2DConditionModel) or denoiser.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"--base {config.base}: give a Stable Diffusion that predicts epsilon or v")
     if config.schedule not in ("", "sd", "pixart"):
         raise UserError(f"--schedule {config.schedule}: unknown; choose sd or pixart")
     levels = {"": {}, "sd": SD_SCHEDULE, "pixart": PIXART_SCHEDULE}[config.schedule]
@@ -376,7 +377,8 @@ def train_base(config):
     schedule = NoiseSchedule.from_config(scheduler.config).to(codec.device)
 
     def loss_of(unet, x0, captions, draw, first):
-        return epsilon_loss(unet, schedule, codec.encode(x0).detach(), codec.cond(emptied(captions, draw)), draw), {}
+        return denoising_loss(unet, schedule, codec.encode(x0).detach(), codec.cond(emptied(captions, draw)), draw,
+                              denoiser.prediction_type), {}
 
     dataset, runs = load_dataset(config.dataset, codec.picture_size, config.seed), str(Path(config.runs) / Path(config.out).name)
     unet = train(replace(config, runs=runs), "base", lambda: denoiser.net, loss_of, dataset)
