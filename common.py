@@ -3,12 +3,14 @@
 One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2).
 x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients come as [B, 1, 1, 1].
 
-Sections: command line, noise schedule, denoiser, pretrained models, LoRA, sharding, scorers, EMA, data, distances, run, one-step students.
+Sections: command line, noise schedule, denoiser, pretrained models, LoRA, sharding, scorers, EMA, data, distances,
+forecast, run, one-step students.
 """
 
 import argparse
 import copy
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +38,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 
@@ -1084,6 +1090,166 @@ def load_distance(name, device):
     return lambda a, b: network(enlarge(a), enlarge(b)).flatten()
 
 
+# Forecast
+
+class LiveBytes:
+    """How many bytes the tensors that were counted and still live hold; peak is the most so far."""
+
+    def __init__(self):
+        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def count(self, tensor):
+        """Counts the tensor's storage, once; returns the tensor."""
+        storage = tensor.untyped_storage()
+        if storage not in self.seen:
+            self.seen.add(storage)
+            weakref.finalize(storage, self._free, storage.nbytes())
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+        return tensor
+
+    def _free(self, size):
+        self.live -= size
+
+
+class Ghosts(TorchDispatchMode):
+    """Inside the with block every operation runs on meta tensors, by shapes alone: nothing real is computed or changed.
+
+    A real tensor that is met gets a ghost, which is not counted: it exists already. memory counts all others; flop the floating
+    point operations of matrix products, convolutions and attention.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.memory, self.flop, self.ghosts = LiveBytes(), 0, {}
+
+    def ghost(self, tensor):
+        """The meta tensor that stands for a real one."""
+        if tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self.ghosts:
+            stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self.memory.seen.add(stand_in.untyped_storage())
+            self.ghosts[id(tensor)] = stand_in, tensor  # the tensor is kept, lest another get its id
+        return self.ghosts[id(tensor)][0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1  # the text encoders ask whether a whole mask is set
+        args, kwargs = tree_map_only(torch.Tensor, self.ghost, (args, dict(kwargs or {})))
+        kwargs |= {name: value for name, value in dict(device=torch.device("meta"), generator=None).items() if name in kwargs}
+        out = tree_map_only(torch.Tensor, self.memory.count, function(*args, **kwargs))
+        if function.overloadpacket in flop_registry:
+            self.flop += flop_registry[function.overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+LOWERED = ((F, "linear"), (F, "conv2d"), (F, "scaled_dot_product_attention"), (torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"),
+           (torch.Tensor, "matmul"))
+RAISED = ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"))
+
+
+@contextmanager
+def device_rules(device):
+    """Inside the with block torch's functions do what ghosts do not know of the device: fused attention, and autocast to bf16."""
+    kept = {(owner, name): getattr(owner, name) for owner, name in LOWERED + RAISED}
+
+    def ruled(place, function):
+        """The function with its arguments in autocast's dtype."""
+        dtype = torch.bfloat16 if place in LOWERED else torch.float32 if device.type == "cuda" else None
+
+        def call(*args, **kwargs):
+            if dtype and torch.is_autocast_enabled(device.type):
+                args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs))
+            return function(*args, **kwargs)
+        return call
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        """What never holds the matrix of all pairs."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=attn_mask)[0]
+
+    try:
+        for place, function in kept.items():
+            setattr(*place, ruled(place, attention if place[1] == "scaled_dot_product_attention" else function))
+        yield
+    finally:
+        for place, function in kept.items():
+            setattr(*place, function)
+
+
+def held_bytes(device):
+    """The bytes of all tensors of this process on a device."""
+    gc.collect()  # what lives in cycles alone is not held
+    held = LiveBytes()
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device == device:
+            held.count(thing)
+    return held.live
+
+
+def cost_of_step(run, networks, optimizers, step, iterations, device=None):
+    """What step(iteration) will take, without doing it: dict(parameters, trained, calls, units, TFLOP, memory_GB).
+
+    networks: name -> module; optimizers: of all that is trained. calls: name -> [calls, those of them that are followed by a
+    backward pass]; units: name -> the same in forward passes: a forward is 1, a backward to the input 1 more, to the weights 2
+    more. These and TFLOP are means over the iterations; memory is the most that tensors will hold, the present ones included, but
+    not the kernels' own workspace. All of this process's samples. device: where everything lies, if not on run.device.
+    """
+    held, memory = held_bytes(device or run.device), (ghosts := Ghosts()).memory
+    trained = list({id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}.values())
+    moments = sum(2 * p.nbytes for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state)
+    calls, units, hooks = {name: [0, 0] for name in networks}, dict.fromkeys(networks, 0), []
+
+    def counted(name):
+        """A hook that counts the calls of a network."""
+        def hook(module, args, kwargs):
+            """Before a call."""
+            trains = any(p.requires_grad for p in module.parameters())
+            backward = torch.is_grad_enabled() and (trains or any(x.requires_grad for x in (*args, *kwargs.values()) if torch.is_tensor(x)))
+            calls[name][0] += 1
+            calls[name][1] += backward
+            units[name] += 1 + backward * (1 + trains)
+        return hook
+
+    twins = [torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in trained]
+    for twin in twins:
+        memory.seen.add(twin.untyped_storage())
+        twin.grad = memory.count(torch.empty_like(twin))  # the gradients that the step before has left
+    swap = lambda: [torch.utils.swap_tensors(p, twin) for p, twin in zip(trained, twins)]
+    world, run.world = run.world, 1  # no exchange
+    swap()
+    try:
+        for optimizer in optimizers:
+            optimizer.step = lambda: None
+        hooks = [network.register_forward_pre_hook(counted(name), with_kwargs=True) for name, network in networks.items()]
+        with torch.compiler.set_stance("force_eager"), ghosts, device_rules(run.device):
+            for iteration in iterations:
+                step(iteration)
+    finally:
+        swap()
+        run.world = world
+        for optimizer in optimizers:
+            del optimizer.step
+        for hook in hooks:
+            hook.remove()
+    n = len(iterations)
+    return dict(parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+                trained=sum(p.numel() for p in trained), calls={name: [c / n for c in pair] for name, pair in calls.items()},
+                units={name: u / n for name, u in units.items()}, TFLOP=ghosts.flop / n / 1e12,
+                memory_GB=(held + moments + memory.peak) / 2**30)
+
+
+def matmul_rate(device, precision):
+    """TFLOP a second of square matrix products on this device in this precision, the best of five."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, seconds = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32), []
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e12
+
+
 # Run
 
 # What may change between a run and its continuation: it alters neither the mathematics nor the networks
@@ -1283,6 +1449,27 @@ class Run:
                         mininterval=0.5 if sys.stderr.isatty() else 30)
         self.window, self.skipped = [], set()
         self.window_start, self.window_iteration = time.perf_counter(), self.start
+
+    def forecast(self, networks, step, iterations=None):
+        """Says before the first step what the run will take, on stderr and in OUT/forecast.json. Called after begin.
+
+        networks: name -> module; step: a function of the iteration that does one; iterations: typical ones, usually the last.
+        """
+        if self.rank > 0 or any(isinstance(p, DTensor) for network in networks.values() for p in network.parameters()):
+            return
+        optimizers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
+        shared = {network: [name for name, other in networks.items() if other is network] for network in networks.values()}
+        networks = {" and ".join(names): network for network, names in shared.items()}
+        cost = cost_of_step(self, networks, optimizers, step, iterations or [self.config.iterations - 1])
+        rate, left = matmul_rate(self.device, self.config.precision), self.config.iterations - self.start
+        cost |= dict(matmul_TFLOP_per_second=rate, least_hours=left * cost["TFLOP"] / rate / 3600)
+        write_text(self.out / "forecast.json", json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in cost.items()}))
+        sizes = ", ".join(f"{name} {size / 1e6:.3g} M" for name, size in cost["parameters"].items())
+        calls = ", ".join(f"{name} {forward:.3g} ({backward:.3g})" for name, (forward, backward) in cost["calls"].items())
+        tqdm.write(f"parameters: {sizes}; trained: {cost['trained'] / 1e6:.3g} M\n"
+                   f"a step calls (those with a backward pass): {calls}; {cost['TFLOP']:.3g} TFLOP for {self.rows.stop - self.rows.start} samples\n"
+                   f"memory: about {cost['memory_GB']:.3g} GB of tensors; {left} steps: at least {cost['least_hours']:.2g} hours, "
+                   f"at the {rate:.3g} TFLOP/s of matrix products here", file=sys.stderr)
 
     def draws(self, iteration):
         """The random numbers of this iteration, for this rank's rows of the batch."""

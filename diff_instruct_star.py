@@ -395,13 +395,12 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
         earlier = None
     run.begin(dict(student=parameters, assistant=parameters_assistant, ema=ema, optimizer=optimizer,
                    optimizer_assistant=optimizer_assistant))
-    shown, null = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)], codec.null(run.rows.stop - run.rows.start)
+    size = run.rows.stop - run.rows.start
+    shown, null = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)], codec.null(size)
     if earlier and run.rank == 0:
         before.write_bytes(earlier)
-    for iteration, y in enumerate(run.prompts(prompts), run.start):
-        if iteration == rewarded and run.shows:
-            with ema.applied():
-                remember_before(run, before, student, codec, prompts, rewards_of)
+
+    def step(iteration, y):
         cond, losses = codec.cond(y), {}
         for k in range(config.assistant_steps):
             losses = assistant_step(iteration, k, cond, run, config, codec.shape, student, assistant, parameters_assistant,
@@ -411,6 +410,15 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
             losses |= student_step(iteration, y, cond, null, run, config, codec.shape, student, teacher, assistant, rewards_of, alpha_rew,
                                    parameters, parameters_assistant.values(), optimizer)
             ema.update()
+        return losses
+
+    run.forecast(dict(student=student.net, reference=teacher.net, assistant=assistant.net),
+                 lambda iteration: step(iteration, prompts[:1] * size))
+    for iteration, y in enumerate(run.prompts(prompts), run.start):
+        if iteration == rewarded and run.shows:
+            with ema.applied():
+                remember_before(run, before, student, codec, prompts, rewards_of)
+        losses = step(iteration, y)
         if (iteration + 1) % config.sample_every == 0 and run.shows:
             with ema.applied():
                 save_grid(draw_samples(student, codec, shown, 0), run.out / "samples" / f"{iteration + 1:07d}.png")

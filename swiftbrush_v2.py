@@ -417,13 +417,20 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
     optimizer_lora = torch.optim.AdamW(parameters_lora.values(), config.lr_lora_teacher, weight_decay=0.0, fused=True)
     ema = EMA(parameters.items(), config.ema)
     run.begin(dict(student=parameters, lora_teacher=parameters_lora, ema=ema, optimizer=optimizer, optimizer_lora=optimizer_lora))
-    shown, null = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)], codec.null(run.rows.stop - run.rows.start)
-    for iteration, y in enumerate(run.prompts(prompts), run.start):
+    size = run.rows.stop - run.rows.start
+    shown, null = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)], codec.null(size)
+
+    def step(iteration, y):
         cond = codec.cond(y)
         x0, losses = student_step(iteration, y, cond, null, run, config, codec.shape, student, teacher, lora_teacher, image_losses,
                                   pair_loss, parameters, optimizer)
         losses |= lora_teacher_step(iteration, x0, cond, null, run, config, lora_teacher, parameters_lora, optimizer_lora)
         ema.update()  # 5.
+        return losses
+
+    run.forecast(dict(student=student.net, teachers=teacher.net), lambda iteration: step(iteration, prompts[:1] * size))
+    for iteration, y in enumerate(run.prompts(prompts), run.start):
+        losses = step(iteration, y)
         if (iteration + 1) % config.sample_every == 0 and run.shows:
             with ema.applied():
                 save_grid(draw_samples(student, codec, shown, 0), run.out / "samples" / f"{iteration + 1:07d}.png")

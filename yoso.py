@@ -712,12 +712,19 @@ def train(config):
             with ema.applied():
                 save_grid(draw_samples(generator, schedule, config, 64, 1, 0, run.device), path)
 
+    def step(iteration, x0):
+        losses = train_step(iteration, x0, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
+        ema.update()  # 6.
+        return losses
+
+    x0 = torch.zeros(run.rows.stop - run.rows.start, 3, config.image_size, config.image_size, device=run.device)
+    run.forecast(dict(generator=generator, discriminator=discriminator), lambda iteration: step(iteration, x0),
+                 range(min(config.r1_every, 16) if config.r1 else 1))
     for iteration, (x0, _) in enumerate(run.batches(dataset), run.start):
         remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
         for optimizer, lr in ((optimizer_g, config.lr), (optimizer_d, config.lr_d)):
             optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
-        losses = train_step(iteration, x0, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
-        ema.update()  # 6.
+        losses = step(iteration, x0)
         if (iteration + 1) % config.sample_every == 0:
             save_samples(run.out / "samples" / f"{iteration + 1:07d}.png")
         if run.finish_iteration(iteration, losses):
@@ -929,10 +936,18 @@ def train_pretrained(run, config, start, codec, features, discriminator, codec_d
                                     fused=True)
     run.begin(dict(generator=parameters, discriminator=discriminator, ema=ema, optimizer_g=optimizer_g, optimizer_d=optimizer_d))
 
-    for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
+    def step(iteration, pictures, texts):
         losses = fine_tune_step(iteration, pictures, texts, run, config, codec, codec_d, generator, discriminator, features, parameters,
                                 optimizer_g, optimizer_d)
         ema.update()  # 6.
+        return losses
+
+    n, pixels = run.rows.stop - run.rows.start, codec.picture_size
+    pictures = torch.zeros(n, 3, pixels, pixels, device=run.device)
+    run.forecast(dict(generator=generator.net, discriminator=discriminator, features=features),
+                 lambda iteration: step(iteration, pictures, captions[:1] * n))
+    for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
+        losses = step(iteration, pictures, texts)
         if (iteration + 1) % config.sample_every == 0 and run.shows:
             with ema.applied():
                 save_grid(torch.cat(list(draw_pictures(generator, codec, captions, 1, 0, prior))),

@@ -289,6 +289,7 @@ def recording_step(iteration, x0, run, config, schedule, distance, generator, di
     batches.append(digest([x0]))
     json.dump(dict(digests=digests, batches=batches, rows=len(x0)), open(f"{{sys.argv[1]}}/rank{{run.rank}}.json", "w"))
     return losses
+common.Run.forecast = lambda *_: None
 yoso.train_step = recording_step
 yoso.main(sys.argv[2:])
 """

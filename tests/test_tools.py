@@ -160,8 +160,8 @@ def test_arms_have_names_of_their_own_and_flags_that_exist(method):
 
 
 def test_benchmark_accounts_for_the_step(tmp_path):
-    parts, networks, device = benchmark.yoso_parts(config(tmp_path, r1=0.1), tmp_path / "run")
-    times = benchmark.time_parts(parts, 1, device)
+    parts, networks, run = benchmark.yoso_parts(config(tmp_path, r1=0.1), tmp_path / "run")
+    times = benchmark.time_parts(parts, 1, run.device)
     assert {"step", "step with R1"} < times.keys() and all(t > 0 for t in times.values())
     assert set(networks) == {"generator", "discriminator"}
 
@@ -170,8 +170,8 @@ def test_benchmark_accounts_for_the_step(tmp_path):
 def test_benchmark_of_swiftbrush(tmp_path, stage):
     """Every part runs; a separate LoRA teacher is a network of its own, and costs the memory of one."""
     config = swiftbrush_v2.Config(**swiftbrush_v2.PRESETS["shapes"] | dict(stage=stage, batch_size=2, device="cpu"))
-    parts, networks, device = benchmark.swiftbrush_parts(config, tmp_path / "run")
-    times = benchmark.time_parts(parts, 1, device)
+    parts, networks, run = benchmark.swiftbrush_parts(config, tmp_path / "run")
+    times = benchmark.time_parts(parts, 1, run.device)
     assert all(t > 0 for t in times.values()) and ("decoder and CLIP, forward + input backward" in times) == (stage == "b")
     assert networks["teacher"] is networks["lora_teacher"] and (networks["student"] is networks["teacher"]) == (stage == "b")
     separate = benchmark.swiftbrush_parts(config, tmp_path / "separate", True)[1]
@@ -181,8 +181,8 @@ def test_benchmark_of_swiftbrush(tmp_path, stage):
 def test_benchmark_of_diff_instruct(tmp_path):
     """Every part runs; one plain backward pass holds the graphs of divergence and reward together, the leaf trick does not."""
     config = diff_instruct_star.Config(**diff_instruct_star.PRESETS["shapes"] | dict(batch_size=8, device="cpu"))
-    parts, networks, device = benchmark.diff_instruct_parts(config, tmp_path / "run")
-    assert all(t > 0 for t in benchmark.time_parts(parts, 1, device).values())
+    parts, networks, run = benchmark.diff_instruct_parts(config, tmp_path / "run")
+    assert all(t > 0 for t in benchmark.time_parts(parts, 1, run.device).values())
     assert len({id(network) for network in networks.values()}) == 3
     leaf, plain = (benchmark.peak_of_steps(benchmark.diff_instruct_parts, config, tmp_path / str(p), p) for p in (False, True))
     assert leaf < plain

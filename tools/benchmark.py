@@ -2,8 +2,10 @@
 
     python tools/benchmark.py yoso --preset shapes
     python tools/benchmark.py yoso --preset cifar10 --batch-size 16 --repeats 3 --json cifar10.json
+    python tools/benchmark.py yoso_t2i --rank 64
     python tools/benchmark.py swiftbrush_v2 --stage a            also with the LoRA teacher as a copy of the frozen network
     python tools/benchmark.py diff_instruct_star                 also with one backward pass in place of the leaf trick
+    python tools/benchmark.py swiftbrush_v2 --processes 2        only the rate of two processes of one thread, against one's
 
 Absolute times depend on the machine and wander; the ratios hold. Medians over --repeats after two warm-up rounds, the
 parts taken in turn so that a slow moment hits all of them. Memory: the most bytes that the tensors of building and two steps held
@@ -13,11 +15,13 @@ at one time, the same on every run; what the allocator and the kernels need besi
 import argparse
 import copy
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import diff_instruct_star
 import swiftbrush_v2
 import yoso
-from common import (EMA, Denoiser, NoiseSchedule, Run, UserError, Weights, add_lora, enable_checkpointing, load, load_decoder,
-                    load_scorer, parse_config, run_command)
+from common import (EMA, Denoiser, LiveBytes, NoiseSchedule, Run, UserError, Weights, add_lora, cost_of_step, enable_checkpointing,
+                    load, load_decoder, load_scorer, matmul_rate, one_step, parse_config, run_command, use_lora)
 
+NETWORK, ONE_STEP, DECODED = SAMPLING = "network alone", "one-step sampling", "one-step sampling and decoding"
 SEPARATE, PLAIN = "step with a separate LoRA teacher", "step with one plain backward pass"
 
 
@@ -76,9 +81,13 @@ def backward_pass(run, call, frozen=()):
 
 
 def yoso_parts(config, folder):
-    """The passes that one YOSO step needs, each alone, and the step itself: (parts, parameters by network, device)."""
-    run = Run(yoso.Config(**{**vars(config), "out": folder}), micro_multiple=yoso.Discriminator.GROUP)
-    device, B, size = run.device, config.batch_size, config.image_size
+    """The passes that one YOSO step needs, each alone, and the step itself.
+
+    Returns (parts, networks, run): name -> function, name -> module, and the Run, whose parts are the optimisers. Beside the passes
+    and "step" the parts have SAMPLING.
+    """
+    run = Run(yoso.Config(**{**vars(config), "out": str(folder)}), micro_multiple=yoso.Discriminator.GROUP)
+    device, B, size = run.device, run.rows.stop - run.rows.start, config.image_size
     generator, discriminator = yoso.build_networks(config, device)
     distance = yoso.load_distance(config.distance, device)
     optimizer_g = torch.optim.Adam(generator.parameters(), 1e-6, fused=True)
@@ -94,21 +103,81 @@ def yoso_parts(config, folder):
         pixels = x.clone().requires_grad_()
         (distance(pixels, x2[:B]) + distance(pixels, x2[B:])).mean().backward()
 
-    def step():
-        yoso.train_step(0, x, run, plain, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
+    def step(iteration=0):
+        yoso.train_step(iteration, x, run, plain, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
 
+    top = torch.full_like(t, config.levels)
+    run.parts = dict(optimizer_g=optimizer_g, optimizer_d=optimizer_d)
     parts = {"G(x_r), forward": forward_pass(run, lambda: generator(x, t, z)),
              "G(x_t), forward + backward": backward_pass(run, lambda: generator(x, t, z)),
              "D(real, fake), forward + backward": backward_pass(run, lambda: discriminator(x2, t2)),
              "D(fake) for G, forward + input backward": backward_pass(
                  run, lambda: discriminator(x.clone().requires_grad_(), t), list(discriminator.parameters())),
              "distances, forward + backward": distances,
-             "optimisers": lambda: (optimizer_g.step(), optimizer_d.step()), "step": step}
+             "optimisers": lambda: (optimizer_g.step(), optimizer_d.step()), "step": step,
+             NETWORK: forward_pass(run, lambda: generator(x, top, z)),
+             ONE_STEP: forward_pass(run, lambda: yoso.sample(generator, schedule, [config.levels], x, z))}
     if config.r1:
         def step_r1():
             yoso.train_step(0, x, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
         parts["step with R1"] = step_r1
-    return parts, dict(generator=generator, discriminator=discriminator), device
+    return parts, dict(generator=generator, discriminator=discriminator), run
+
+
+def fine_tune_parts(config, folder):
+    """The passes of one step of YOSO's fine-tuning, all weights or a LoRA, each alone, and the step itself; as yoso_parts."""
+    run = Run(yoso.FineTune(**{**vars(config), "out": str(folder)}))
+    device, B = run.device, run.rows.stop - run.rows.start
+    start, codec = load(config.model, device)
+    half, codec_d = load(config.discriminator, device) if config.discriminator else (start, codec)
+    features = yoso.HalfUNet(half.net, share=bool(config.rank or config.discriminator))
+    discriminator = yoso.LatentDiscriminator(half.net, codec.shape[-1]).to(device)
+    if config.rank:
+        generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
+        parameters = add_lora(start.net, "student", config.rank, config.alpha)
+    else:
+        generator, parameters = start, Weights(start.net.requires_grad_(True).named_parameters())
+    if config.gradient_checkpointing:
+        for network in (generator.net, discriminator.features.unet):
+            enable_checkpointing(network)
+    ema = EMA(parameters.items(), config.ema)
+    run.parts = dict(optimizer_g=torch.optim.AdamW(parameters.values(), 1e-6, fused=True),
+                     optimizer_d=torch.optim.AdamW(discriminator.parameters(), 1e-6, fused=True))
+    pictures, captions = torch.zeros(B, 3, codec.picture_size, codec.picture_size, device=device), [""] * B
+    x, t, cond, cond_d = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device), codec.cond(captions), codec_d.cond(captions)
+    x2, t2, cond2 = torch.cat([x, x]), torch.cat([t, t]), yoso.map_cond(lambda v: torch.cat([v, v]), cond_d)
+    noisier = lambda: yoso.predict_x0(generator, x, t, cond)
+
+    def step(iteration=0):
+        yoso.fine_tune_step(iteration, pictures, captions, run, config, codec, codec_d, generator, discriminator, features, parameters,
+                            *run.parts.values())
+        ema.update()
+
+    parts = {"text encoder": lambda: [c.cond(captions) for c in {codec, codec_d}],
+             "VAE encoder": forward_pass(run, lambda: codec.encode(pictures)),
+             "G at t_k, forward": forward_pass(run, noisier), "G at t_m, forward": forward_pass(run, noisier),
+             "G at t, forward + backward": backward_pass(run, noisier),
+             "D(real, fake), forward + backward": backward_pass(run, lambda: discriminator(x2, t2, cond2)),
+             "D(fake) for G, forward + input backward": backward_pass(
+                 run, lambda: discriminator(x.clone().requires_grad_(), t, cond_d), list(discriminator.parameters())),
+             "features of the target, forward": forward_pass(run, lambda: features(x, 0 * t, cond_d)),
+             "features of G, forward + input backward": backward_pass(run, lambda: features(x.clone().requires_grad_(), 0 * t, cond_d)),
+             "optimisers, EMA": lambda: ([o.step() for o in run.parts.values()], ema.update()), "step": step}
+    return parts | sampling_parts(run, codec, generator, x, cond), dict(
+        generator=generator.net, discriminator=discriminator, features=features), run
+
+
+def sampling_parts(run, codec, student, x, cond):
+    """One-step sampling from noise x, beside the network's forward alone."""
+    t = torch.full((len(x),), len(student.schedule) - 1, device=run.device)
+
+    def network():
+        with use_lora(student.net, student.adapter):
+            return student.net(x, timestep=t, **cond).sample
+
+    one = lambda: one_step(student, x, cond)
+    return {NETWORK: forward_pass(run, network), ONE_STEP: forward_pass(run, one),
+            DECODED: forward_pass(run, lambda: codec.decode(one()))}
 
 
 def swiftbrush_parts(config, folder, separate=False):
@@ -118,7 +187,7 @@ def swiftbrush_parts(config, folder, separate=False):
     """
     sb, stage = swiftbrush_v2, "b" if config.stage == "b" else "a"
     run = Run(sb.Config(**{**vars(config), "out": str(folder)}))
-    device, B, rate = run.device, config.batch_size, 1e-6
+    device, B, rate = run.device, run.rows.stop - run.rows.start, 1e-6
     teacher, codec = load(config.model, device)
     base = copy.deepcopy(teacher.net) if separate else teacher.net
     if stage == "a":
@@ -135,7 +204,7 @@ def swiftbrush_parts(config, folder, separate=False):
             enable_checkpointing(network)
     optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
     optimizer_lora = torch.optim.AdamW(parameters_lora.values(), rate, fused=True)
-    ema = EMA(parameters.items(), config.ema)
+    ema, run.parts = EMA(parameters.items(), config.ema), dict(optimizer=optimizer, optimizer_lora=optimizer_lora)
     prompts = (sb.prompts_of(config, codec) * B)[:B]
     cond, null = codec.cond(prompts), codec.null(B)
     image_losses = lambda f, prompts, iteration: {}
@@ -144,7 +213,7 @@ def swiftbrush_parts(config, folder, separate=False):
         image_losses = sb.make_image_losses(config, load_decoder(config.decoder, codec), scorers)
     x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
 
-    def step():
+    def step(iteration=0):
         condition = codec.cond(prompts)
         x0, _ = sb.student_step(0, prompts, condition, null, run, config, codec.shape, student, teacher, lora_teacher, image_losses,
                                 None, parameters, optimizer)
@@ -162,7 +231,7 @@ def swiftbrush_parts(config, folder, separate=False):
     if image_losses(x[:1], prompts[:1], 0):
         parts["decoder and CLIP, forward + input backward"] = backward_pass(
             run, lambda: sum(image_losses(x.clone().requires_grad_(), prompts, 0).values()))
-    return parts, networks, device
+    return parts | sampling_parts(run, codec, student, x, cond), networks, run
 
 
 def diff_instruct_parts(config, folder, plain=False):
@@ -172,7 +241,7 @@ def diff_instruct_parts(config, folder, plain=False):
     """
     di = diff_instruct_star
     run = Run(di.Config(**{**vars(config), "out": str(folder)}))
-    device, B, rate = run.device, config.batch_size, 1e-6
+    device, B, rate = run.device, run.rows.stop - run.rows.start, 1e-6
     reference, codec = load(config.model, device)
     net = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True)
     student, parameters = Denoiser(net, reference.schedule, reference.prediction_type), Weights(net.named_parameters())
@@ -189,7 +258,7 @@ def diff_instruct_parts(config, folder, plain=False):
             enable_checkpointing(network)
     optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
     optimizer_assistant = torch.optim.AdamW(parameters_assistant.values(), rate, fused=True)
-    ema = EMA(parameters.items(), config.ema)
+    ema, run.parts = EMA(parameters.items(), config.ema), dict(optimizer=optimizer, optimizer_assistant=optimizer_assistant)
     prompts = (di.prompts_of(config, codec) * B)[:B]
     cond, null = codec.cond(prompts), codec.null(B)
     rewards_of = di.make_rewards(load_decoder(config.decoder, codec), {name: load_scorer(getattr(config, name), device) for name in (
@@ -214,7 +283,7 @@ def diff_instruct_parts(config, folder, plain=False):
         torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
         optimizer.step()
 
-    def step():
+    def step(iteration=0):
         condition = codec.cond(prompts)
         for k in range(config.assistant_steps):
             di.assistant_step(0, k, condition, run, config, codec.shape, student, assistant, parameters_assistant, optimizer_assistant)
@@ -233,44 +302,74 @@ def diff_instruct_parts(config, folder, plain=False):
                 run, lambda: rewards_of(x.clone().requires_grad_(), prompts)["reward"]),
             "student for the assistant, forward": forward_pass(run, lambda: di.one_step(student, x, cond)),
             "assistant, forward + backward": backward_pass(run, lambda: assistant.predict(x, t, "epsilon", cond)),
-            "optimisers, EMA": lambda: (optimizer.step(), optimizer_assistant.step(), ema.update()), "step": step}, networks, device
+            "optimisers, EMA": lambda: (optimizer.step(), optimizer_assistant.step(), ema.update()), "step": step,
+            **sampling_parts(run, codec, student, x, cond)}, networks, run
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside the with block and still live; peak is the most so far."""
+    """Counts the bytes of all tensors that are made inside the with block and still live; see LiveBytes."""
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        self.memory = LiveBytes()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return tree_map_only(torch.Tensor, self._count, function(*args, **(kwargs or {})))
-
-    def _count(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage not in self.seen:
-            self.seen.add(storage)
-            weakref.finalize(storage, self._free, storage.nbytes())
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-        return tensor
-
-    def _free(self, size):
-        self.live -= size
+        return tree_map_only(torch.Tensor, self.memory.count, function(*args, **(kwargs or {})))
 
 
 def peak_of_steps(parts_of, *arguments):
     """Bytes of tensors that building the networks and two steps hold at their peak."""
-    with TensorMemory() as memory:
+    with TensorMemory() as mode:
         parts = parts_of(*arguments)[0]
         for _ in range(2):
             parts["step"]()
-    return memory.peak
+    return mode.memory.peak
 
 
-METHODS = dict(yoso=(yoso, yoso_parts), swiftbrush_v2=(swiftbrush_v2, swiftbrush_parts),
-               diff_instruct_star=(diff_instruct_star, diff_instruct_parts))
+METHODS = dict(yoso=(yoso, yoso.Config, yoso.PRESETS, yoso_parts), yoso_t2i=(yoso, yoso.FineTune, yoso.FINE_TUNE_PRESETS, fine_tune_parts),
+               swiftbrush_v2=(swiftbrush_v2, swiftbrush_v2.Config, swiftbrush_v2.PRESETS, swiftbrush_parts),
+               diff_instruct_star=(diff_instruct_star, diff_instruct_star.Config, diff_instruct_star.PRESETS, diff_instruct_parts))
 VARIANTS = dict(swiftbrush_v2=SEPARATE, diff_instruct_star=PLAIN)
+
+
+def bare_parts(networks, step):
+    """name -> function that makes a bare forward of each network, on what the step's first call of it gives."""
+    calls, hooks = {}, []
+
+    def keep(name):
+        def hook(module, args, kwargs):
+            calls.setdefault(name, (module, *tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))))
+        return hook
+
+    for name, network in networks.items():
+        hooks.append(network.register_forward_pre_hook(keep(name), with_kwargs=True))
+    step()
+    for hook in hooks:
+        hook.remove()
+
+    def go(network, args, kwargs):
+        with torch.no_grad():
+            network(*args, **kwargs)
+
+    return {f"{name}, bare": partial(go, *call) for name, call in calls.items()}
+
+
+def rate_of(parts_of, config, folder, repeats):
+    """Images a second of whole steps, over all processes."""
+    parts, _, run = parts_of(config, folder)
+    return config.batch_size / time_parts({"step": parts["step"]}, repeats, run.device)["step"]
+
+
+def scaling(argv, processes):
+    """Images a second on one process and on several of one thread each, on CPU: dict(one, several, ratio)."""
+    rates = []
+    for n in (1, processes):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), __file__, *argv, "--only-rate"]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"--processes {processes}: a process failed ({done.stderr.strip().splitlines()[-1]})")
+        rates.append(float(done.stdout.split()[-1]))
+    return dict(one=rates[0], several=rates[1], ratio=rates[1] / rates[0])
 
 
 def main(argv):
@@ -279,27 +378,47 @@ def main(argv):
     parser.add_argument("method", choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds")
     parser.add_argument("--json", help="write the report to this file too")
+    parser.add_argument("--processes", type=int, default=0, help="only the rate of that many processes, one thread each, against one's")
+    parser.add_argument("--only-rate", action="store_true", help="print only the images a second, also under torchrun")
     args, rest = parser.parse_known_args(argv)
-    script, parts_of = METHODS[args.method]
+    script, config_class, presets, parts_of = METHODS[args.method]
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
-    config = parse_config(script.Config, script.PRESETS, rest, "", *([script.preset_of] if args.method != "yoso" else []))
+    config = parse_config(config_class, presets, rest, "", None if args.method == "yoso" else script.preset_of)
+    if args.processes:
+        report = scaling([args.method, "--repeats", str(args.repeats), *rest], args.processes)
+        print(json.dumps(report))
+        return
     with tempfile.TemporaryDirectory() as folder:
+        if args.only_rate:
+            rate = rate_of(parts_of, config, f"{folder}/run", args.repeats)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(rate)
+            return
         peak = {"step": peak_of_steps(parts_of, config, f"{folder}/peak")}
-        parts, networks, device = parts_of(config, f"{folder}/run")
+        parts, networks, run = parts_of(config, f"{folder}/run")
+        device, shared = run.device, {network: [name for name, other in networks.items() if other is network] for network in networks.values()}
+        networks = {" and ".join(names): network for network, names in shared.items()}
+        cost = cost_of_step(run, networks, list(run.parts.values()), parts["step"], [0])
         variants = ["step with R1"] if "step with R1" in parts else []
         if args.method in VARIANTS:
             variants = [VARIANTS[args.method]]
             parts[variants[0]] = parts_of(config, f"{folder}/variant", True)[0]["step"]
             peak[variants[0]] = peak_of_steps(parts_of, config, f"{folder}/peak2", True)
-        times = time_parts(parts, args.repeats, device)
+        times = time_parts(parts | bare_parts(networks, parts["step"]), args.repeats, device)
+        matmul = matmul_rate(device, config.precision)
     step, variant_times = times.pop("step"), {name: times.pop(name) for name in variants}
+    sampling = {name: times.pop(name) for name in SAMPLING if name in times}
+    predicted = sum(units * times.pop(f"{name}, bare") for name, units in cost["units"].items())
     report = dict(method=args.method, preset=config.preset, batch_size=config.batch_size, device=str(device),
-                  threads=torch.get_num_threads(), precision=config.precision,
-                  parameters={k: sum(p.numel() for p in n.parameters()) for k, n in networks.items()},
+                  threads=torch.get_num_threads(), precision=config.precision, **cost,
                   step_ms=1e3 * step, images_per_second=config.batch_size / step,
                   share={k: v / step for k, v in times.items()}, overhead=1 - sum(times.values()) / step,
-                  peak_MB={k: v / 2**20 for k, v in peak.items()})
+                  peak_MB={k: v / 2**20 for k, v in peak.items()}, forecast_MB=cost["memory_GB"] * 2**10,
+                  matmul_TFLOP_per_second=matmul, flops_utilisation=cost["TFLOP"] / step / matmul,
+                  predicted_by_calls=predicted / step,
+                  sampling={name: sampling[NETWORK] / seconds for name, seconds in sampling.items() if name != NETWORK},
+                  samples_per_second={name: config.batch_size / seconds for name, seconds in sampling.items()})
     if "step with R1" in variant_times:
         report["r1_share"] = (variant_times["step with R1"] - step) / config.r1_every / step
     elif variant_times:
@@ -315,6 +434,13 @@ def main(argv):
         print(f"| (R1, a step in {config.r1_every}, on average) | +{report['r1_share']:.1%} |")
     for name, size in peak.items():
         print(f"| {name}: peak memory {size / 2**20:.0f} MB | {variant_times.get(name, step) / step:.1%} |")
+    print(f"| memory by the forecast | {report['forecast_MB']:.0f} MB |")
+    for name, (calls, backward) in cost["calls"].items():
+        print(f"| {name}: calls, those with a backward pass, in forward passes | {calls:g}, {backward:g}, {cost['units'][name]:g} |")
+    print(f"| rate against the one that bare forward passes predict | {predicted / step:.1%} |\n"
+          f"| {cost['TFLOP']:.3g} TFLOP a step, against matrix products at {matmul:.3g} TFLOP/s | {report['flops_utilisation']:.1%} |")
+    for name, ratio in report["sampling"].items():
+        print(f"| {name}, {report['samples_per_second'][name]:.0f} a second, against the network alone | {ratio:.1%} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""What a run says it will take, against what it takes."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+import common
+import tiny
+import yoso
+
+CONFIGS = [
+    "yoso --preset shapes --channels 8 16 --batch-size 8",
+    "yoso --preset shapes --channels 8 16 --batch-size 8 --precision bf16",
+    "yoso --preset shapes --channels 8 16 --batch-size 8 --micro-batch 4 --gradient-checkpointing",
+    "yoso_t2i --batch-size 4",
+    "yoso_t2i --batch-size 4 --rank 8 --gradient-checkpointing",
+    "yoso_t2i --batch-size 4 --precision bf16",
+    "swiftbrush_v2 --batch-size 4 --stage a",
+    "swiftbrush_v2 --batch-size 4 --stage a --precision bf16 --gradient-checkpointing",
+    "swiftbrush_v2 --batch-size 4 --stage b --micro-batch 2",
+    "diff_instruct_star --batch-size 4",
+    "diff_instruct_star --batch-size 4 --assistant lora --precision bf16",
+    "diff_instruct_star --batch-size 4 --divergence kl --gradient-checkpointing",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tiny.sd().save_pretrained(path := tmp_path_factory.mktemp("model") / "sd")
+    return path
+
+
+@pytest.mark.parametrize("line", CONFIGS)
+def test_the_forecast_holds(line, model, tmp_path):
+    """Memory within 15 % of what two real steps hold, FLOPs as torch counts them; the forecast itself changes nothing."""
+    method, *argv = line.split()
+    if method != "yoso":
+        argv += ["--model", str(model), "--preset", "shapes"]
+    _, kind, presets, parts_of = benchmark.METHODS[method]
+    config = common.parse_config(kind, presets, [*argv, "--device", "cpu"], "")
+    measured = benchmark.peak_of_steps(parts_of, config, tmp_path / "measured") / 2**30
+    others = common.held_bytes(torch.device("cpu")) / 2**30
+    parts, networks, run = parts_of(config, tmp_path / "run")
+    optimizers = list(run.parts.values())
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    before = [p.detach().double() for p in trained]
+    cost = common.cost_of_step(run, networks, optimizers, parts["step"], [0])
+    assert cost["memory_GB"] - others - sum(b.nbytes for b in before) / 2**30 == pytest.approx(measured, rel=0.15)
+    assert all(torch.equal(b, p) and p.device.type == "cpu" and p.grad is None and p.requires_grad for b, p in zip(before, trained))
+    assert not any(o.state for o in optimizers) and (cost["trained"], run.world) == (sum(p.numel() for p in trained), 1)
+    if method != "diff_instruct_star" and "checkpointing" not in line:  # torch's counter cannot follow autograd.grad
+        with FlopCounterMode(display=False) as flops:
+            parts["step"]()
+        assert cost["TFLOP"] == pytest.approx(flops.get_total_flops() / 1e12, rel=1e-6)
+
+
+@pytest.mark.parametrize("line, calls, units", [
+    ("yoso --preset shapes --channels 8 16 --batch-size 8", dict(generator=[2, 1], discriminator=[2, 2]), [4, 5]),
+    ("yoso_t2i --batch-size 4", dict(generator=[3, 1], discriminator=[2, 2], features=[2, 1]), [5, 5, 3]),
+    ("swiftbrush_v2 --batch-size 4 --stage a", dict(student=[1, 1], teacher=[5, 1], lora_teacher=[5, 1]), [3, 7, 7]),
+    ("diff_instruct_star --batch-size 4", dict(student=[2, 1], reference=[2, 2], assistant=[2, 2]), [4, 4, 5])])
+def test_the_calls_of_a_step(line, calls, units, model, tmp_path):
+    """A forward is one unit, a backward to the input one more, to the weights two more; the teachers are one network."""
+    method, *argv = line.split()
+    if method != "yoso":
+        argv += ["--model", str(model), "--preset", "shapes"]
+    _, kind, presets, parts_of = benchmark.METHODS[method]
+    parts, networks, run = parts_of(common.parse_config(kind, presets, [*argv, "--device", "cpu"], ""), tmp_path)
+    shared = {} if method != "swiftbrush_v2" else {"lora_teacher": networks.pop("lora_teacher")}
+    assert all(network is networks["teacher"] for network in shared.values())
+    cost = common.cost_of_step(run, networks, list(run.parts.values()), parts["step"], [0])
+    assert cost["calls"] == {name: calls[name] for name in networks} and list(cost["units"].values()) == units[:len(networks)]
+
+
+def test_a_run_says_what_it_will_take(tmp_path, capsys):
+    """Before the first step, on stderr and in forecast.json; R1's steps are averaged in; the same run without it ends alike."""
+    argv = ["--preset", "shapes", "--channels", "8", "16", "--batch-size", "8", "--iterations", "2", "--device", "cpu", "--out"]
+    yoso.main([*argv, str(tmp_path / "a")])
+    shown = capsys.readouterr().err
+    cost = json.loads((tmp_path / "a" / "forecast.json").read_text())
+    assert "a step calls" in shown and "at least" in shown and cost["calls"] == dict(generator=[2, 1], discriminator=[2, 2])
+    assert cost["least_hours"] == pytest.approx(2 * cost["TFLOP"] / cost["matmul_TFLOP_per_second"] / 3600, rel=1e-2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Run, "forecast", lambda *_: None)
+        yoso.main([*argv, str(tmp_path / "b")])
+    a, b = (common.read_checkpoint(tmp_path / name / "checkpoint")["state"]["generator"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
