@@ -11,6 +11,7 @@ import argparse
 import copy
 import dataclasses
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -33,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -348,10 +349,13 @@ class Codec:
             self.classes = [str(i) for i in range(net.config.num_class_embeds - 1)]
         self.has_null = self.guided and (self.vae is not None or net.config.num_class_embeds > len(self.classes))
         self.device = next(net.parameters()).device
+        self.cache = None  # see cache_conditions
 
     @torch.no_grad()
     def cond(self, prompts):
         """Prompts -> the condition, batch B. Raises UserError if a prompt names no class of a class-conditional model."""
+        if self.cache:
+            return self.cache(prompts)
         arguments = dict(device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         match self.name:
             case "StableDiffusionPipeline":
@@ -385,8 +389,8 @@ class Codec:
         return map_cond(lambda v: v.expand(n, *v.shape[1:]), null)
 
     def encode(self, images, noise=None):
-        """Pictures -> x0 [B, *shape]; noise [B, *shape] draws from the VAE's posterior, without it its mean."""
-        if self.vae is None:
+        """Pictures -> x0 [B, *shape]; noise [B, *shape] draws from the VAE's posterior, without it its mean; x0 stays what it is."""
+        if self.vae is None or images.shape[1:] == self.shape:
             return images
         output = self.vae.encode(images)
         if hasattr(output, "latents"):  # AutoencoderTiny
@@ -1023,6 +1027,123 @@ def load_dataset(name, size, seed=0):
     return Folder(name, size)
 
 
+def to_floats(images):
+    """uint8 pictures -> [-1, 1]; latents, which are floats, stay what they are."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+class Latents(Dataset):
+    """A dataset's pictures as latents, from the folder where cache_latents has put them; samples with image: float [C, h, w]."""
+
+    endless = False
+
+    def __init__(self, folder, num):
+        self.folder, self.num = Path(folder), num
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, index):
+        file = open_safetensors(self.folder / f"latents-{index // CACHED:06d}.safetensors")
+        return dict(image=file.get_slice("latents")[index % CACHED].float(), skipped=[],
+                    caption=json.loads(file.metadata()["captions"])[index % CACHED])
+
+
+CACHED = 500  # samples or prompts a file
+
+
+@lru_cache(maxsize=1000)
+def open_safetensors(path):
+    """The file, from which tensors are read in parts."""
+    return safe_open(path, "pt")
+
+
+@torch.no_grad()
+def cache_latents(codec, dataset, folder, made_by):
+    """Encodes a dataset's pictures once, float16, into files in the folder, each process its share -> Latents.
+
+    made_by: what the latents depend on, a dict; endless datasets stay what they are. Raises UserError if the folder holds others.
+    """
+    if dataset.endless or codec.vae is None:
+        return dataset
+    names = [f"latents-{i:06d}.safetensors" for i in range(-(-len(dataset) // CACHED))]
+    missing, chunk = claim_folder(Path(folder), made_by | dict(num=len(dataset)), names), chunk_for(codec)
+    for name in shared_out(missing, "latents"):
+        first, latents, captions = int(name[8:14]) * CACHED, [], []
+        for start in range(first, last := min(first + CACHED, len(dataset)), chunk):
+            samples = [dataset[i] for i in range(start, min(start + chunk, last))]
+            latents.append(codec.encode(to_floats(torch.stack([s["image"] for s in samples]).to(codec.device))).half().cpu())
+            captions += [s["caption"] for s in samples]
+            for path in {path for s in samples for path in s["skipped"]}:
+                tqdm.write(f"skipped, cannot be read as a picture: {path}", file=sys.stderr)
+        write_tensors(Path(folder) / name, dict(latents=torch.cat(latents)), dict(captions=json.dumps(captions)))
+    if dist.is_initialized():
+        dist.barrier()
+    return Latents(folder, len(dataset))
+
+
+def cache_conditions(codec, prompts, folder, made_by):
+    """Computes the conditions of the prompts and of the empty one once, float16, into files in the folder; codec.cond reads them there.
+
+    The text encoders then move to the main memory. made_by as in cache_latents. Raises UserError if the folder holds others.
+    """
+    if codec.vae is None:
+        return
+    prompts, like = list(dict.fromkeys(["", *prompts])), codec.cond([""])
+    digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+    names = [f"conditions-{i:06d}.safetensors" for i in range(-(-len(prompts) // CACHED))]
+    missing = claim_folder(Path(folder), made_by | dict(prompts=digest), names)
+    for name in shared_out(missing, "conditions"):
+        first, parts = int(name[11:17]) * CACHED, []
+        for start in range(first, min(first + CACHED, len(prompts)), 16):
+            parts.append(flat_cond(codec.cond(prompts[start:min(start + 16, first + CACHED)])))
+        write_tensors(Path(folder) / name, {key: torch.cat([p[key] for p in parts]).half().cpu() for key in parts[0]}, {})
+    if dist.is_initialized():
+        dist.barrier()
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+
+    def read(names):
+        """The condition of prompts that are in the cache."""
+        rows = [divmod(number[name], CACHED) for name in names]
+        files = [(open_safetensors(Path(folder) / f"conditions-{i:06d}.safetensors"), row) for i, row in rows]
+        flat = {key: torch.stack([file.get_slice(key)[row] for file, row in files]) for key in flat_cond(like)}
+        return full_cond(like, {key: value.to(codec.device).float() for key, value in flat.items()})
+
+    codec.cache = read
+    for name, part in codec.pipe.components.items():
+        if name.startswith("text_encoder") and part is not None:
+            part.to("cpu")
+
+
+def shared_out(names, what):
+    """This process's share of the files that are to be made, with a bar."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return tqdm(names[rank::world], desc=what, disable=rank > 0 or not names)
+
+
+def write_tensors(path, tensors, metadata):
+    """A safetensors file that gets its name when it is complete."""
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary := path.with_suffix(".tmp"), metadata=metadata)
+    temporary.rename(path)
+
+
+def flat_cond(cond, prefix=""):
+    """A condition's tensors by their path; what is None is left out."""
+    flat = {}
+    for key, value in cond.items():
+        if isinstance(value, dict):
+            flat |= flat_cond(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def full_cond(like, flat, prefix=""):
+    """The condition of the structure of `like` with the tensors that flat_cond gave."""
+    return {key: full_cond(value, flat, f"{prefix}{key}.") if isinstance(value, dict) else flat.get(prefix + key)
+            for key, value in like.items()}
+
+
 def class_labels(prompts, classes):
     """The index of the class whose name stands in each prompt (the longest, if several do), int64 [B].
 
@@ -1146,7 +1267,7 @@ class Ghosts(TorchDispatchMode):
 
 LOWERED = ((F, "linear"), (F, "conv2d"), (F, "scaled_dot_product_attention"), (torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"),
            (torch.Tensor, "matmul"))
-RAISED = ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"))
+RAISED, RAISED_ON = ((F, "layer_norm"), (F, "group_norm"), (F, "softmax")), {"cuda"}
 
 
 @contextmanager
@@ -1156,7 +1277,7 @@ def device_rules(device):
 
     def ruled(place, function):
         """The function with its arguments in autocast's dtype."""
-        dtype = torch.bfloat16 if place in LOWERED else torch.float32 if device.type == "cuda" else None
+        dtype = torch.bfloat16 if place in LOWERED else torch.float32 if device.type in RAISED_ON else None
 
         def call(*args, **kwargs):
             if dtype and torch.is_autocast_enabled(device.type):
@@ -1300,6 +1421,7 @@ def choose_device(name):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it by default
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
@@ -1488,7 +1610,7 @@ class Run:
                 self.skipped.add(path)
                 tqdm.write(f"skipped, cannot be read as a picture: {path} ({len(self.skipped)} so far)", file=sys.stderr)
             x0 = torch.stack([s["image"] for s in samples]).to(self.device)
-            yield x0.float() / 127.5 - 1, [s["caption"] for s in samples]
+            yield to_floats(x0), [s["caption"] for s in samples]
 
     def prompts(self, prompts):
         """This rank's prompts, a list, of every iteration still to come, in the order of an endless shuffled pass."""

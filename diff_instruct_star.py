@@ -38,8 +38,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common import (EMA, LORA_TARGETS, Denoiser, Run, UserError, Weights, add_lora, agreed, check_targets, choose_device, chunks_of,
-                    convert, dense_copy, draw_many_steps, draw_samples, enable_checkpointing, export_student, flag, load,
+from common import (EMA, LORA_TARGETS, Denoiser, Run, UserError, Weights, add_lora, agreed, cache_conditions,
+                    check_targets, choose_device, chunks_of, convert, dense_copy, draw_many_steps, draw_samples, enable_checkpointing, export_student, flag, load,
                     load_decoder, load_scorer, load_teacher, mean_of, one_step, parse_config, part_of, prompts_of, read_config,
                     run_command, save_grid, shard, start_processes, starting_student)
 
@@ -63,6 +63,7 @@ class Config:
     precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
     compile: bool = flag(False, "torch.compile the networks; with --assistant lora the student's alone")
     gradient_checkpointing: bool = flag(False, "recompute the networks' activations in the backward pass: less memory, more time")
+    cache_latents: bool = flag(False, "encode all prompts once, float16, to OUT/cache; the text encoders leave the device")
     shard: bool = flag(False, "FSDP2: every process keeps its part of the networks' weights, gradients, moments and averages")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
     save_every: int = flag(500, "iterations between checkpoints")
@@ -346,6 +347,8 @@ def train(config):
     if config.student_timestep:
         start = Denoiser(start.net, start.schedule.up_to(config.student_timestep), start.prediction_type)
     run = Run(config)
+    if config.cache_latents:
+        cache_conditions(codec, prompts, f"{config.out}/cache", dict(model=config.model))
     if run.rank == 0 and not run.start:
         print(f"the student starts from {config.student or f'the weights of {config.model}'}{config.lora and f' and {config.lora}'}"
               + (f", with {config.warmup} iterations of warm-up without reward" if config.warmup else ""))

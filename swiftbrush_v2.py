@@ -43,11 +43,11 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora,
-                    check_targets, choose_device, chunk_for, claim_folder, class_of, convert, ddim_sample, dense_copy,
+                    cache_conditions, check_targets, choose_device, chunk_for, claim_folder, class_of, convert, ddim_sample, dense_copy,
                     draw_many_steps, draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora,
                     latest_checkpoint, load, load_dataset, load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of,
                     one_step, parse_config, part_of, prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, shard,
-                    start_processes, starting_student)
+                    start_processes, starting_student, to_floats)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -69,6 +69,7 @@ class Config:
     precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
     compile: bool = flag(False, "torch.compile the student of stage A; adapters are switched in the others, which breaks graphs")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    cache_latents: bool = flag(False, "encode all prompts once, float16, to OUT/cache; the text encoders leave the device")
     shard: bool = flag(False, "FSDP2: every process keeps its part of the networks' weights, gradients, moments and averages")
     log_every: int = flag(50, "iterations between lines of metrics.jsonl")
     save_every: int = flag(500, "iterations between checkpoints")
@@ -326,7 +327,7 @@ def prepare_pairs(config, teacher, codec, prompts):
         else:
             samples = [dataset[k] for k in sample_order(dataset, config.seed, parts[i])]
             y = [s["caption"] for s in samples]
-            x0 = codec.encode(torch.stack([s["image"] for s in samples]).to(codec.device).float() / 127.5 - 1)
+            x0 = codec.encode(to_floats(torch.stack([s["image"] for s in samples]).to(codec.device)))
             z = ddim_invert(teacher, x0, config.regularise_steps, codec.cond(y))
         temporary = files[i].with_suffix(f".tmp{rank}")
         save_file(dict(z=z.cpu().contiguous(), x0=x0.cpu().contiguous()), temporary, metadata=dict(prompts=json.dumps(y)))
@@ -509,7 +510,10 @@ def train(config):
         image_losses = make_image_losses(config, decode, scorers)
         if config.regularise:
             distance = load_distance(config.distance, device)
-            pair_loss = make_pair_loss(config, codec, decode, distance, prepare_pairs(config, teacher, codec, prompts))
+            pairs = prepare_pairs(config, teacher, codec, prompts)
+            pair_loss = make_pair_loss(config, codec, decode, distance, pairs)
+    if config.cache_latents:
+        cache_conditions(codec, prompts + (pairs[2] if pair_loss else []), f"{config.out}/cache", dict(model=config.model))
     shard(config, teacher.net, *([start.net] if start else []))
     for stage in stages:
         if stage == "start":

@@ -59,10 +59,10 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, Run, UserError, Weights,
-                    add_lora, agreed, choose_device, chunk_for, claim_folder, ddgan_betas, dense_copy, draw_many_steps,
+                    add_lora, agreed, cache_conditions, cache_latents, choose_device, chunk_for, claim_folder, ddgan_betas, dense_copy, draw_many_steps,
                     enable_checkpointing, export_one_step, export_student, flag, fold_lora, load, load_dataset, load_distance, map_cond,
                     mean_of, parse_config, part_of, prompts_of, read_checkpoint, read_config, run_command, sample_order, save_grid,
-                    shard, squared_distance, start_processes, write_text)
+                    shard, squared_distance, start_processes, to_floats, write_text)
 
 
 # Configuration: the defaults are the paper's CIFAR-10 run, and below its fine-tuning of SD 1.5; a preset changes what it names
@@ -177,6 +177,7 @@ class FineTune:
     adapt_iterations: int = flag(500, "of each of its two stages; 0: the direct switch; paper: about 1,000 together")
     adapt_lr: float = flag(2e-5, "AdamW learning rate of the adaptation, constant")
     adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: at T an epsilon network's error is amplified")
+    cache_latents: bool = flag(False, "encode all pictures and captions once, float16, to OUT/cache; the text encoders leave the device")
     prior_num: int = flag(1000, "pictures from which the informative prior is estimated")
     teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5")
 
@@ -817,7 +818,7 @@ def estimate_prior(run, config, codec, dataset):
         chunk, latents = chunk_for(codec), []
         for first in range(0, config.prior_num, chunk):
             order = sample_order(dataset, config.seed, range(first, min(first + chunk, config.prior_num)))
-            pictures = torch.stack([dataset[i]["image"] for i in order]).to(codec.device).float() / 127.5 - 1
+            pictures = to_floats(torch.stack([dataset[i]["image"] for i in order]).to(codec.device))
             latents.append(codec.encode(pictures).cpu())
         prior = InformativePrior.of(torch.cat(latents).to(codec.device))
         prior.save(config.out)
@@ -893,11 +894,17 @@ def fine_tune(config):
                         f"--model's {latents[1][0]} and {latents[1][1]}; give two of the same VAE")
     run = Run(config)
     dataset = load_dataset(prepare_data(config, device) if config.generate else config.dataset, codec.picture_size, config.seed)
+    all_captions = dataset.all_captions() if config.cache_latents else []
     captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
     if not any(captions):
         raise UserError(f"--dataset {config.dataset}: its pictures have no captions; add metadata.jsonl, or a .txt beside each")
     for part in {codec, codec_d}:
         part.warn_of_long(captions)
+    if config.cache_latents:
+        made_by = dict(dataset=config.dataset, generate=config.generate)
+        dataset = cache_latents(codec, dataset, f"{config.out}/cache/latents", made_by | dict(model=config.model))
+        for part, name in {codec: config.model, codec_d: config.discriminator or config.model}.items():
+            cache_conditions(part, all_captions, f"{config.out}/cache/{'conditions' if part is codec else 'conditions-d'}", dict(model=name))
     # The frozen half shares the weights of a network that stays frozen too.
     features = HalfUNet(half.net, share=bool(config.rank or config.adapt or config.discriminator) and not config.shard)
     discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(device)
@@ -942,8 +949,8 @@ def train_pretrained(run, config, start, codec, features, discriminator, codec_d
         ema.update()  # 6.
         return losses
 
-    n, pixels = run.rows.stop - run.rows.start, codec.picture_size
-    pictures = torch.zeros(n, 3, pixels, pixels, device=run.device)
+    n = run.rows.stop - run.rows.start
+    pictures = torch.zeros(n, *dataset[0]["image"].shape, device=run.device)
     run.forecast(dict(generator=generator.net, discriminator=discriminator, features=features),
                  lambda iteration: step(iteration, pictures, captions[:1] * n))
     for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):

@@ -1,0 +1,194 @@
+"""What fits in a GPU: the memory of one training step of every method on SD 1.5, SD 2.1, PixArt-alpha and SDXL.
+
+    python tools/ladder.py                          the table; about two minutes, a gigabyte, no GPU
+    python tools/ladder.py --arms "SDXL, Diff-Instruct*" --samples 1 2 4
+
+The networks of the published configurations exist without numbers, on torch's meta device, and the methods' own steps run on them
+(common.cost_of_step). Networks in bf16, weights, moments and averages in float32, as --precision bf16 has it. What the allocator,
+the kernels and CUDA itself need comes on top.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import torch
+from diffusers import (AutoencoderKL, AutoencoderTiny, DDPMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+import benchmark
+import common
+from common import Codec, Denoiser, Draws, NoiseSchedule, Run, Scorer, UserError, parse_config, run_command
+
+CROSS, PLAIN, UP = "CrossAttnDownBlock2D", "DownBlock2D", ("UpBlock2D", "CrossAttnUpBlock2D")
+SD15 = dict(sample_size=64, down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP[0], *[UP[1]] * 3), layers_per_block=2,
+            block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
+SD21 = SD15 | dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+SDXL = dict(sample_size=128, down_block_types=(PLAIN, CROSS, CROSS), up_block_types=(UP[1], UP[1], UP[0]), layers_per_block=2,
+            block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
+            transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816)
+PIXART = dict(num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, cross_attention_dim=1152,
+              attention_bias=True, sample_size=64, patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+              norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=4096,
+              use_additional_conditions=False)
+VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512),
+           layers_per_block=2, latent_channels=4)
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+OPEN_CLIP = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
+BIG_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
+T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+BACKBONES = {
+    "sd15": (StableDiffusionPipeline, UNet2DConditionModel, SD15, [(CLIPTextModel, CLIPTextConfig, CLIP_L)]),
+    "sd21": (StableDiffusionPipeline, UNet2DConditionModel, SD21, [(CLIPTextModel, CLIPTextConfig, OPEN_CLIP)]),
+    "sdxl": (StableDiffusionXLPipeline, UNet2DConditionModel, SDXL, [
+        (CLIPTextModel, CLIPTextConfig, CLIP_L), (CLIPTextModelWithProjection, CLIPTextConfig, BIG_G)]),
+    "pixart": (PixArtAlphaPipeline, PixArtTransformer2DModel, PIXART, [(T5EncoderModel, T5Config, T5_XXL)]),
+}
+PICTURE_CLIPS = {
+    "clip": dict(text_config=dict(hidden_size=512, num_attention_heads=8), vision_config=dict(patch_size=32), projection_dim=512),
+    "pickscore": dict(text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+                      vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                                         patch_size=14), projection_dim=1024),
+}
+ARMS = {
+    "SD 1.5, YOSO, all weights": ("yoso_t2i", ["--model", "sd15"]),
+    "SD 1.5, YOSO, LoRA": ("yoso_t2i", ["--model", "sd15", "--rank", "64"]),
+    "PixArt 512, YOSO, all weights": ("yoso_t2i", ["--model", "pixart", "--discriminator", "sd15"]),
+    "SD 2.1, SwiftBrush v2, student A": ("swiftbrush_v2", ["--model", "sd21", "--stage", "a"]),
+    "SD 2.1, SwiftBrush v2, student B": ("swiftbrush_v2", ["--model", "sd21", "--stage", "b"]),
+    "SDXL, Diff-Instruct*": ("diff_instruct_star", ["--model", "sdxl"]),
+    "SDXL, Diff-Instruct*, LoRA assistant": ("diff_instruct_star", ["--model", "sdxl", "--assistant", "lora"]),
+}
+
+
+class EmptyCodec(Codec):
+    """A Codec whose networks hold no numbers; its condition has the right shapes."""
+
+    def __init__(self, pipeline_class, net, vae, text_encoders):
+        self.name, self.vae, self.text_encoders, self.classes = pipeline_class.__name__, vae, text_encoders, None
+        self.shape = (4, net.config.sample_size, net.config.sample_size)
+        self.picture_size, self.device, self.has_null, self.guided = 8 * self.shape[-1], torch.device("meta"), True, True
+        self.width = net.config.get("caption_channels") or net.config.cross_attention_dim
+
+    def cond(self, prompts):
+        """The condition's shapes."""
+        B = len(prompts)
+        tokens = 120 if self.name == "PixArtAlphaPipeline" else 77
+        condition = dict(encoder_hidden_states=torch.empty(B, tokens, self.width, device="meta"))
+        if self.name == "StableDiffusionXLPipeline":
+            condition["added_cond_kwargs"] = dict(text_embeds=torch.empty(B, 1280, device="meta"), time_ids=torch.empty(B, 6, device="meta"))
+        if self.name == "PixArtAlphaPipeline":
+            condition |= dict(encoder_attention_mask=torch.empty(B, tokens, device="meta"),
+                              added_cond_kwargs=dict(resolution=None, aspect_ratio=None))
+        return condition
+
+    def null(self, n):
+        """The same."""
+        return self.cond([""] * n)
+
+    def warn_of_long(self, prompts):
+        """Nothing: there is no tokenizer."""
+
+
+def empty_pipeline(name, device):
+    """What common.load gives for a published architecture, without numbers."""
+    pipeline_class, network_class, config, encoders = BACKBONES[name]
+    net = network_class(**config).eval().requires_grad_(False)
+    vae = AutoencoderKL(**VAE, sample_size=8 * config["sample_size"]).eval().requires_grad_(False)
+    text = [kind(settings(**values)).eval().requires_grad_(False) for kind, settings, values in encoders]
+    schedule = NoiseSchedule.from_config(DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
+    return Denoiser(net, schedule, "epsilon"), EmptyCodec(pipeline_class, net, vae, text)
+
+
+def empty_scorer(name, device):
+    """What common.load_scorer gives for a published CLIPModel, without numbers."""
+    model = CLIPModel(CLIPConfig(**PICTURE_CLIPS[name])).eval().requires_grad_(False)
+    return Scorer(lambda x: model.get_image_features(pixel_values=x).pooler_output,
+                  lambda prompts: torch.empty(len(prompts), model.config.projection_dim, device="meta"), 224, (0.5,) * 3, (0.5,) * 3, "meta")
+
+
+def empty_decoder(name, codec):
+    """TAESD, without numbers; its default configuration is the published one."""
+    tiny = AutoencoderTiny().eval().requires_grad_(False)
+    return lambda x0: tiny.decode(x0).sample
+
+
+def empty_run(config, **more):
+    """A Run whose networks are on the meta device."""
+    run = Run(config, **more)
+    run.device = torch.device("meta")
+    run.draws = lambda iteration: Draws(config.seed, iteration, config.batch_size, run.rows, torch.device("cpu"))
+    run.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    return run
+
+
+@contextmanager
+def empty_networks():
+    """Inside the with block the benchmark builds networks without numbers."""
+    stand_ins = dict(load=empty_pipeline, load_scorer=empty_scorer, load_decoder=empty_decoder, Run=empty_run)
+    kept = {name: getattr(benchmark, name) for name in stand_ins}
+    try:
+        for name, stand_in in stand_ins.items():
+            setattr(benchmark, name, stand_in)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that copies between meta tensors do nothing
+            yield
+    finally:
+        for name, function in kept.items():
+            setattr(benchmark, name, function)
+
+
+def memory_of(arm, samples, checkpointing, folder):
+    """GB of one step of an arm on `samples` samples, of which the states alone (weights, gradients, moments, averages)."""
+    method, flags = ARMS[arm]
+    _, kind, presets, parts_of = benchmark.METHODS[method]
+    more = ["--gradient-checkpointing"] if checkpointing else []
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompts:
+        prompts.write("a picture\n")
+        prompts.flush()
+        if method != "yoso_t2i":
+            flags = [*flags, "--prompts", prompts.name]
+        preset = {"yoso_t2i": "full", "swiftbrush_v2": "sd21", "diff_instruct_star": "sdxl"}[method]
+        config = parse_config(kind, presets, [*flags, *more, "--preset", preset, "--batch-size", str(samples), "--precision", "bf16",
+                                              "--device", "cpu"], "")
+        with empty_networks():
+            parts, networks, run = parts_of(config, folder)
+        run.device = torch.device("cpu")  # whose autocast the rules follow
+        optimizers = list(run.parts.values())
+        with torch.device("meta"):
+            cost = common.cost_of_step(run, {}, optimizers, parts["step"], [0], torch.device("meta"))
+        states = common.held_bytes(torch.device("meta")) + 3 * sum(p.nbytes for o in optimizers for g in o.param_groups for p in g["params"])
+    return cost["memory_GB"], states / 2**30, cost["TFLOP"]
+
+
+def main(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="default: all")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 4], help="samples at once on one GPU, --micro-batch")
+    parser.add_argument("--json", help="write the figures to this file too")
+    args = parser.parse_args(argv)
+    if unknown := set(args.arms) - set(ARMS):
+        raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
+    common.RAISED_ON.add("cpu")  # a GPU is meant
+    rows = []
+    print("| model, method | samples at once | GB of states | GB of a step | with --gradient-checkpointing | TFLOP a sample |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in args.arms:
+            for samples in args.samples:
+                (plain, states, flop), (less, *_) = (memory_of(arm, samples, c, f"{folder}/run") for c in (False, True))
+                rows.append(dict(arm=arm, samples=samples, states_GB=states, step_GB=plain, checkpointing_GB=less, TFLOP=flop / samples))
+                print(f"| {arm} | {samples} | {states:.0f} | {plain:.0f} | {less:.0f} | {flop / samples:.1f} |", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
