@@ -29,4 +29,4 @@ def test_a_rung(tmp_path, monkeypatch):
     (step, states, flop), (more, same, four_times), (less, *_) = (
         ladder.memory_of("SD 1.5, YOSO, LoRA", samples, less, tmp_path) for samples, less in ((2, False), (8, False), (8, True)))
     assert common.held_bytes(torch.device("cpu")) - before < 2**24 and benchmark.load is common.load
-    assert states == same < step < more and less < more and flop * 4 == pytest.approx(four_times, rel=1e-6)
+    assert states == pytest.approx(same, rel=0.02) and states < step < more and less < more and flop * 4 == pytest.approx(four_times, rel=1e-6)
