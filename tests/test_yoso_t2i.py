@@ -501,7 +501,7 @@ def test_every_logged_key_is_explained_in_the_readme(finished):
 
 
 @pytest.mark.parametrize("arguments, preset", [
-    ([], "shapes"), (["--model", "stable-diffusion-v1-5/stable-diffusion-v1-5"], "full"),
+    ([], "shapes-epsilon"), (["--adapt"], "shapes"), (["--model", "stable-diffusion-v1-5/stable-diffusion-v1-5"], "full"),
     (["--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--rank", "64"], "lora")])
 def test_a_real_model_does_not_get_the_mini_models_rates(arguments, preset):
     assert common.parse_config(yoso.FineTune, yoso.FINE_TUNE_PRESETS, arguments, "", yoso.preset_of).preset == preset
