@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import gc
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -932,7 +934,8 @@ class Folder(Dataset):
 
     def __init__(self, root, size):
         from torchvision.datasets.folder import IMG_EXTENSIONS
-        root, self.size, self.classes = Path(root), size, []
+        self.root, self.size, self.classes = root, size, []
+        root = Path(root)
         metadata = root / "metadata.jsonl"
         if metadata.is_file():
             try:
@@ -956,18 +959,12 @@ class Folder(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
-        from torchvision.transforms.v2 import functional as TF
-        skipped = []
-        for step in range(len(self)):
-            path, caption = self.samples[(index + step) % len(self)]
-            try:
-                with Image.open(path) as file:
-                    image = TF.resize(TF.pil_to_tensor(file.convert("RGB")), self.size, antialias=True)
-                    image = TF.center_crop(image, self.size)
-                return dict(image=image, caption=self.caption(caption), skipped=skipped)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                skipped.append(str(path))
-        raise UserError(f"--dataset {path.parent}: none of its {len(self)} pictures can be read")
+        return readable_sample(self, index)
+
+    def source(self, index):
+        """A sample's name, its picture's file, and its caption."""
+        path, caption = self.samples[index]
+        return str(path), path, self.caption(caption)
 
     @staticmethod
     def caption(source):
@@ -977,6 +974,69 @@ class Folder(Dataset):
     def all_captions(self):
         """The different captions, sorted; no picture is read."""
         return sorted({self.caption(source) for _, source in self.samples})
+
+
+class Shards(Dataset):
+    """Pictures in webdataset's tar files or in parquet files that lie in a folder, through the library datasets; samples as Folder's.
+
+    Captions: the column txt, text, caption or prompt, if there is one. The library converts tar files once, into its cache on the
+    disk; from there samples are read as they are needed.
+    """
+
+    endless, classes = False, []
+
+    def __init__(self, root, size):
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(f"--dataset {root}: to read tar and parquet files: pip install datasets")
+        datasets.disable_progress_bars()
+        kind, files = next((kind, found) for kind, suffix in SHARDS.items() if (found := sorted(map(str, Path(root).glob(suffix)))))
+        try:
+            rows = datasets.load_dataset(kind, data_files=files, split="train")
+        except (OSError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"--dataset {root}: its {kind} files cannot be read ({' '.join(str(error.__cause__ or error).split())[:300]})")
+        pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        if not pictures or not len(rows):
+            raise UserError(f"--dataset {root}: its {kind} files hold no pictures; their columns are {', '.join(rows.column_names)}")
+        self.root, self.size, self.picture = root, size, pictures[0]
+        self.text = next((name for name in ("txt", "text", "caption", "prompt") if name in rows.column_names), None)
+        self.rows = rows.cast_column(self.picture, datasets.Image(decode=False))
+        self[0]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return readable_sample(self, index)
+
+    def source(self, index):
+        """A sample's name, its picture's file, and its caption."""
+        row = self.rows[index]
+        return f"{self.root}, sample {index}", io.BytesIO(row[self.picture]["bytes"]), (row[self.text] or "").strip() if self.text else ""
+
+    def all_captions(self):
+        """The different captions, sorted; no picture is read."""
+        return sorted({(text or "").strip() for text in self.rows.unique(self.text)}) if self.text else [""]
+
+
+SHARDS = {"webdataset": "*.tar", "parquet": "*.parquet"}
+
+
+def readable_sample(dataset, index):
+    """Sample `index` of a dataset with a source(), or the next one whose picture can be read; the names of those that cannot in "skipped"."""
+    from torchvision.transforms.v2 import functional as TF
+    skipped = []
+    for step in range(len(dataset)):
+        name, file, caption = dataset.source((index + step) % len(dataset))
+        try:
+            with Image.open(file) as picture:
+                image = TF.resize(TF.pil_to_tensor(picture.convert("RGB")), dataset.size, antialias=True)
+                image = TF.center_crop(image, dataset.size)
+            return dict(image=image, caption=caption, skipped=skipped)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            skipped.append(name)
+    raise UserError(f"--dataset {dataset.root}: none of its {len(dataset)} pictures can be read")
 
 
 class Cifar10(Dataset):
@@ -1014,7 +1074,7 @@ class Cifar10(Dataset):
 
 
 def load_dataset(name, size, seed=0):
-    """"shapes", "shapes-rolled", "cifar10" or a folder -> a Dataset of {"image": uint8 [3, size, size], "caption": str, "skipped": [paths]}.
+    """"shapes", "shapes-rolled", "cifar10" or a folder of pictures, tar or parquet files -> a Dataset of {"image": uint8 [3, size, size], "caption": str, "skipped": [paths]}.
 
     Raises UserError if there is no such dataset, or no readable picture in it.
     """
@@ -1024,7 +1084,8 @@ def load_dataset(name, size, seed=0):
         return Cifar10(size)
     if not Path(name).is_dir():
         raise UserError(f"--dataset {name}: unknown; choose shapes, cifar10 or the path of an existing folder of pictures")
-    return Folder(name, size)
+    shards = any(next(Path(name).glob(suffix), None) for suffix in SHARDS.values())
+    return Shards(name, size) if shards else Folder(name, size)
 
 
 def to_floats(images):

@@ -1,6 +1,9 @@
 """The datasets, their order, and the reader of shapes."""
 
+import io
 import json
+import sys
+import tarfile
 
 import pytest
 import torch
@@ -179,3 +182,44 @@ def test_cifar10_without_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--dataset FOLDER"):
         load_dataset("cifar10", 32)
+
+
+def shards(folder, kind):
+    """Eight drawings with captions in two files, the fourth picture broken."""
+    datasets = pytest.importorskip("datasets")
+    dataset, rows = Shapes(16), []
+    for i, sample in enumerate(dataset.__getitems__(range(8))):
+        Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "PNG")
+        rows.append((f"{i:04d}", file.getvalue() if i != 3 else b"broken", sample["caption"]))
+    folder.mkdir()
+    for n in range(2):
+        part = rows[4 * n:4 * n + 4]
+        if kind == "tar":
+            with tarfile.open(folder / f"{n}.tar", "w") as tar:
+                for name, picture, caption in part:
+                    for suffix, data in (("png", picture), ("txt", caption.encode())):
+                        info = tarfile.TarInfo(f"{name}.{suffix}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+        else:
+            table = datasets.Dataset.from_dict(dict(image=[dict(bytes=p, path=None) for _, p, _ in part], caption=[c for *_, c in part]))
+            table.cast_column("image", datasets.Image(decode=False)).cast_column("image", datasets.Image()).to_parquet(folder / f"{n}.parquet")
+    return dataset
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_are_read_like_a_folder(tmp_path, kind, monkeypatch):
+    """Pictures and captions in the files' order, the broken one skipped by name; without the library one plain line."""
+    drawn = shards(tmp_path / "data", kind)
+    dataset = load_dataset(str(tmp_path / "data"), 16)
+    assert len(dataset) == 8 and not dataset.endless and dataset.all_captions() == sorted({drawn[i]["caption"] for i in range(8)})
+    for i in range(8):
+        assert torch.equal(dataset[i]["image"], drawn[i if i != 3 else 4]["image"]) and dataset[i]["caption"] == drawn[i if i != 3 else 4]["caption"]
+        assert len(dataset[i]["skipped"]) == (i == 3)
+    for file in (tmp_path / "data").iterdir():
+        file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be read|no pictures"):
+        load_dataset(str(tmp_path / "data"), 16)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_dataset(str(tmp_path / "data"), 16)
