@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -975,6 +976,11 @@ class Folder(Dataset):
         """The different captions, sorted; no picture is read."""
         return sorted({self.caption(source) for _, source in self.samples})
 
+    def state(self):
+        """Texts that change when a picture or a caption does."""
+        written = [caption for _, caption in self.samples if isinstance(caption, Path)]
+        return states_of([path for path, _ in self.samples] + written) + [str(caption) for _, caption in self.samples]
+
 
 class Shards(Dataset):
     """Pictures in webdataset's tar files or in parquet files that lie in a folder, through the library datasets; samples as Folder's.
@@ -999,9 +1005,10 @@ class Shards(Dataset):
         pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if not pictures or not len(rows):
             raise UserError(f"--dataset {root}: its {kind} files hold no pictures; their columns are {', '.join(rows.column_names)}")
-        self.root, self.size, self.picture = root, size, pictures[0]
-        self.text = next((name for name in ("txt", "text", "caption", "prompt") if name in rows.column_names), None)
-        self.rows = rows.cast_column(self.picture, datasets.Image(decode=False))
+        texts = [name for name in ("txt", "text", "caption", "prompt") if getattr(rows.features.get(name), "dtype", "") in (
+            "string", "large_string")]
+        self.root, self.size, self.files, self.picture, self.text = root, size, files, pictures[0], texts[0] if texts else None
+        self.rows = rows.select_columns([self.picture, *texts[:1]]).cast_column(self.picture, datasets.Image(decode=False))
         self[0]
 
     def __len__(self):
@@ -1013,18 +1020,23 @@ class Shards(Dataset):
     def source(self, index):
         """A sample's name, its picture's file, and its caption."""
         row = self.rows[index]
-        return f"{self.root}, sample {index}", io.BytesIO(row[self.picture]["bytes"]), (row[self.text] or "").strip() if self.text else ""
+        picture = (row[self.picture] or {}).get("bytes") or b""  # a sample may lack its picture: it is skipped like an unreadable one
+        return f"{self.root}, sample {index}", io.BytesIO(picture), (row[self.text] or "").strip() if self.text else ""
 
     def all_captions(self):
         """The different captions, sorted; no picture is read."""
         return sorted({(text or "").strip() for text in self.rows.unique(self.text)}) if self.text else [""]
+
+    def state(self):
+        """Texts that change when a file does."""
+        return states_of(self.files)
 
 
 SHARDS = {"webdataset": "*.tar", "parquet": "*.parquet"}
 
 
 def readable_sample(dataset, index):
-    """Sample `index` of a dataset with a source(), or the next one whose picture can be read; the names of those that cannot in "skipped"."""
+    """Sample `index` of a dataset with a source(), or the next one that can be read; the names of those that cannot in "skipped"."""
     from torchvision.transforms.v2 import functional as TF
     skipped = []
     for step in range(len(dataset)):
@@ -1072,9 +1084,15 @@ class Cifar10(Dataset):
         """The ten captions."""
         return [f"a photo of a {name}" for name in self.classes]
 
+    def state(self):
+        """It does not change."""
+        return []
+
 
 def load_dataset(name, size, seed=0):
-    """"shapes", "shapes-rolled", "cifar10" or a folder of pictures, tar or parquet files -> a Dataset of {"image": uint8 [3, size, size], "caption": str, "skipped": [paths]}.
+    """"shapes", "shapes-rolled", "cifar10", or a folder of pictures, tar or parquet files -> a Dataset.
+
+    Its samples are {"image": uint8 [3, size, size], "caption": str, "skipped": [names of what could not be read]}.
 
     Raises UserError if there is no such dataset, or no readable picture in it.
     """
@@ -1106,7 +1124,7 @@ class Latents(Dataset):
 
     def __getitem__(self, index):
         file = open_safetensors(self.folder / f"latents-{index // CACHED:06d}.safetensors")
-        return dict(image=file.get_slice("latents")[index % CACHED].float(), skipped=[],
+        return dict(image=torch.from_numpy(file.get_slice("latents")[index % CACHED]).float(), skipped=[],
                     caption=json.loads(file.metadata()["captions"])[index % CACHED])
 
 
@@ -1115,20 +1133,25 @@ CACHED = 500  # samples or prompts a file
 
 @lru_cache(maxsize=1000)
 def open_safetensors(path):
-    """The file, from which tensors are read in parts."""
-    return safe_open(path, "pt")
+    """The file, from which arrays are read in parts. Raises UserError if it cannot be read."""
+    try:
+        return safe_open(path, "np")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete its folder to have it made anew, on a disk that all machines share")
 
 
 @torch.no_grad()
 def cache_latents(codec, dataset, folder, made_by):
     """Encodes a dataset's pictures once, float16, into files in the folder, each process its share -> Latents.
 
-    made_by: what the latents depend on, a dict; endless datasets stay what they are. Raises UserError if the folder holds others.
+    made_by: what the latents depend on beside the data, a dict; endless datasets stay what they are. Raises UserError if the folder
+    holds others, or cannot be written.
     """
     if dataset.endless or codec.vae is None:
         return dataset
+    made_by = made_by | {"num": len(dataset), "state of the files": digest(dataset.state())}
     names = [f"latents-{i:06d}.safetensors" for i in range(-(-len(dataset) // CACHED))]
-    missing, chunk = claim_folder(Path(folder), made_by | dict(num=len(dataset)), names), chunk_for(codec)
+    missing, chunk = claim_folder(Path(folder), made_by, names), chunk_for(codec)
     for name in shared_out(missing, "latents"):
         first, latents, captions = int(name[8:14]) * CACHED, [], []
         for start in range(first, last := min(first + CACHED, len(dataset)), chunk):
@@ -1151,9 +1174,8 @@ def cache_conditions(codec, prompts, folder, made_by):
     if codec.vae is None:
         return
     prompts, like = list(dict.fromkeys(["", *prompts])), codec.cond([""])
-    digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
     names = [f"conditions-{i:06d}.safetensors" for i in range(-(-len(prompts) // CACHED))]
-    missing = claim_folder(Path(folder), made_by | dict(prompts=digest), names)
+    missing = claim_folder(Path(folder), made_by | {"digest of the prompts": digest(prompts)}, names)
     for name in shared_out(missing, "conditions"):
         first, parts = int(name[11:17]) * CACHED, []
         for start in range(first, min(first + CACHED, len(prompts)), 16):
@@ -1167,13 +1189,23 @@ def cache_conditions(codec, prompts, folder, made_by):
         """The condition of prompts that are in the cache."""
         rows = [divmod(number[name], CACHED) for name in names]
         files = [(open_safetensors(Path(folder) / f"conditions-{i:06d}.safetensors"), row) for i, row in rows]
-        flat = {key: torch.stack([file.get_slice(key)[row] for file, row in files]) for key in flat_cond(like)}
+        flat = {key: torch.stack([torch.from_numpy(file.get_slice(key)[row]) for file, row in files]) for key in flat_cond(like)}
         return full_cond(like, {key: value.to(codec.device).float() for key, value in flat.items()})
 
     codec.cache = read
     for name, part in codec.pipe.components.items():
         if name.startswith("text_encoder") and part is not None:
             part.to("cpu")
+
+
+def digest(texts):
+    """A short fingerprint of many texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def states_of(paths):
+    """Name, size and time of change of files: whether they are still what they were."""
+    return [f"{path} {status.st_size} {status.st_mtime_ns}" for path in paths for status in [Path(path).stat()]]
 
 
 def shared_out(names, what):
@@ -1183,9 +1215,13 @@ def shared_out(names, what):
 
 
 def write_tensors(path, tensors, metadata):
-    """A safetensors file that gets its name when it is complete."""
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary := path.with_suffix(".tmp"), metadata=metadata)
-    temporary.rename(path)
+    """A safetensors file that gets its name when it is complete. Raises UserError if it cannot be written."""
+    tensors, temporary = {key: value.contiguous() for key, value in tensors.items()}, path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose an --out with room, on a disk that all machines share")
 
 
 def flat_cond(cond, prefix=""):
@@ -1316,8 +1352,8 @@ class Ghosts(TorchDispatchMode):
         return self.ghosts[id(tensor)][0]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return 1  # the text encoders ask whether a whole mask is set
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            return 1  # the text encoders ask whether a whole mask is set, the pipelines whether a prompt was cut
         args, kwargs = tree_map_only(torch.Tensor, self.ghost, (args, dict(kwargs or {})))
         kwargs |= {name: value for name, value in dict(device=torch.device("meta"), generator=None).items() if name in kwargs}
         out = tree_map_only(torch.Tensor, self.memory.count, function(*args, **kwargs))
@@ -1333,7 +1369,10 @@ RAISED, RAISED_ON = ((F, "layer_norm"), (F, "group_norm"), (F, "softmax")), {"cu
 
 @contextmanager
 def device_rules(device):
-    """Inside the with block torch's functions do what ghosts do not know of the device: fused attention, and autocast to bf16."""
+    """Inside the with block torch's functions do what ghosts do not know of the device: fused attention, and autocast to bf16.
+
+    Nothing is exchanged between processes.
+    """
     kept = {(owner, name): getattr(owner, name) for owner, name in LOWERED + RAISED}
 
     def ruled(place, function):
@@ -1353,10 +1392,14 @@ def device_rules(device):
     try:
         for place, function in kept.items():
             setattr(*place, ruled(place, attention if place[1] == "scaled_dot_product_attention" else function))
+        # Checkpointing restores the autocast of its inputs' device, and ghosts are on none.
+        infer, torch.utils.checkpoint._infer_device_type = torch.utils.checkpoint._infer_device_type, lambda *_: device.type
+        exchange, dist.all_reduce = dist.all_reduce, lambda *_, **__: None
         yield
     finally:
         for place, function in kept.items():
             setattr(*place, function)
+        torch.utils.checkpoint._infer_device_type, dist.all_reduce = infer, exchange
 
 
 def held_bytes(device):
@@ -1364,7 +1407,7 @@ def held_bytes(device):
     gc.collect()  # what lives in cycles alone is not held
     held = LiveBytes()
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device == device:
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type and device.index in (None, thing.device.index):
             held.count(thing)
     return held.live
 
@@ -1372,15 +1415,16 @@ def held_bytes(device):
 def cost_of_step(run, networks, optimizers, step, iterations, device=None):
     """What step(iteration) will take, without doing it: dict(parameters, trained, calls, units, TFLOP, memory_GB).
 
-    networks: name -> module; optimizers: of all that is trained. calls: name -> [calls, those of them that are followed by a
-    backward pass]; units: name -> the same in forward passes: a forward is 1, a backward to the input 1 more, to the weights 2
-    more. These and TFLOP are means over the iterations; memory is the most that tensors will hold, the present ones included, but
-    not the kernels' own workspace. All of this process's samples. device: where everything lies, if not on run.device.
+    networks: name -> module; optimizers: of all that is trained; iterations: typical ones and their shares of all, {iteration: share}.
+    calls: name -> [calls, those of them that are followed by a backward pass]; units: name -> the same in forward passes: a forward is
+    1, a backward to the input 1 more, to the weights 2 more. These and TFLOP are means over the iterations; memory is the most that
+    tensors will hold, the present ones included, but not the kernels' own workspace. All of this process's samples. device: where
+    everything lies, if not on run.device.
     """
     held, memory = held_bytes(device or run.device), (ghosts := Ghosts()).memory
     trained = list({id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}.values())
     moments = sum(2 * p.nbytes for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state)
-    calls, units, hooks = {name: [0, 0] for name in networks}, dict.fromkeys(networks, 0), []
+    calls, units, hooks, share = {name: [0, 0] for name in networks}, dict.fromkeys(networks, 0), [], [0.0]
 
     def counted(name):
         """A hook that counts the calls of a network."""
@@ -1388,9 +1432,9 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
             """Before a call."""
             trains = any(p.requires_grad for p in module.parameters())
             backward = torch.is_grad_enabled() and (trains or any(x.requires_grad for x in (*args, *kwargs.values()) if torch.is_tensor(x)))
-            calls[name][0] += 1
-            calls[name][1] += backward
-            units[name] += 1 + backward * (1 + trains)
+            calls[name][0] += share[0]
+            calls[name][1] += share[0] * backward
+            units[name] += share[0] * (1 + backward * (1 + trains))
         return hook
 
     twins = [torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in trained]
@@ -1398,26 +1442,29 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
         memory.seen.add(twin.untyped_storage())
         twin.grad = memory.count(torch.empty_like(twin))  # the gradients that the step before has left
     swap = lambda: [torch.utils.swap_tensors(p, twin) for p, twin in zip(trained, twins)]
-    world, run.world = run.world, 1  # no exchange
+    flop = 0
     swap()
     try:
         for optimizer in optimizers:
             optimizer.step = lambda: None
         hooks = [network.register_forward_pre_hook(counted(name), with_kwargs=True) for name, network in networks.items()]
         with torch.compiler.set_stance("force_eager"), ghosts, device_rules(run.device):
-            for iteration in iterations:
+            for iteration, share[0] in iterations.items():
+                before = ghosts.flop
                 step(iteration)
+                flop += share[0] * (ghosts.flop - before)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # the graph that they hold would keep the parameters from coming back
+        gc.collect()
+        raise
     finally:
-        swap()
-        run.world = world
         for optimizer in optimizers:
             del optimizer.step
         for hook in hooks:
             hook.remove()
-    n = len(iterations)
+        swap()
     return dict(parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
-                trained=sum(p.numel() for p in trained), calls={name: [c / n for c in pair] for name, pair in calls.items()},
-                units={name: u / n for name, u in units.items()}, TFLOP=ghosts.flop / n / 1e12,
+                trained=sum(p.numel() for p in trained), calls=calls, units=units, TFLOP=flop / 1e12,
                 memory_GB=(held + moments + memory.peak) / 2**30)
 
 
@@ -1482,7 +1529,6 @@ def choose_device(name):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it by default
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
@@ -1584,9 +1630,9 @@ class Run:
                 raise UserError(f"--resume {self.config.resume}: there is no checkpoint in it")
         if not source:
             return None
-        saved = checkpoint_note(source)["config"]
-        differing = [f"--{name.replace('_', '-')} was {saved.get(name)}, is {value}"
-                     for name, value in dataclasses.asdict(self.config).items() if name not in self.free and saved.get(name) != value]
+        saved = {field.name: field.default for field in dataclasses.fields(self.config)} | checkpoint_note(source)["config"]
+        differing = [f"--{name.replace('_', '-')} was {saved[name]}, is {value}"
+                     for name, value in dataclasses.asdict(self.config).items() if name not in self.free and saved[name] != value]
         if differing:
             raise UserError(f"{source}: belongs to another configuration ({'; '.join(differing)}); "
                             "repeat that run's flags, or choose another --out")
@@ -1636,23 +1682,29 @@ class Run:
     def forecast(self, networks, step, iterations=None):
         """Says before the first step what the run will take, on stderr and in OUT/forecast.json. Called after begin.
 
-        networks: name -> module; step: a function of the iteration that does one; iterations: typical ones, usually the last.
+        networks: name -> module; step: a function of the iteration that does one; iterations: as for cost_of_step, else the last.
         """
         if self.rank > 0 or any(isinstance(p, DTensor) for network in networks.values() for p in network.parameters()):
             return
         optimizers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
         shared = {network: [name for name, other in networks.items() if other is network] for network in networks.values()}
         networks = {" and ".join(names): network for network, names in shared.items()}
-        cost = cost_of_step(self, networks, optimizers, step, iterations or [self.config.iterations - 1])
+        try:
+            cost = cost_of_step(self, networks, optimizers, step, iterations or {self.config.iterations - 1: 1.0})
+        except Exception as error:  # no run may end for want of its forecast
+            tqdm.write(f"no forecast of time and memory: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return
         rate, left = matmul_rate(self.device, self.config.precision), self.config.iterations - self.start
         cost |= dict(matmul_TFLOP_per_second=rate, least_hours=left * cost["TFLOP"] / rate / 3600)
         write_text(self.out / "forecast.json", json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in cost.items()}))
         sizes = ", ".join(f"{name} {size / 1e6:.3g} M" for name, size in cost["parameters"].items())
         calls = ", ".join(f"{name} {forward:.3g} ({backward:.3g})" for name, (forward, backward) in cost["calls"].items())
         tqdm.write(f"parameters: {sizes}; trained: {cost['trained'] / 1e6:.3g} M\n"
-                   f"a step calls (those with a backward pass): {calls}; {cost['TFLOP']:.3g} TFLOP for {self.rows.stop - self.rows.start} samples\n"
+                   f"a step calls (those with a backward pass): {calls}; {cost['TFLOP']:.3g} TFLOP for "
+                   f"{self.rows.stop - self.rows.start} samples\n"
                    f"memory: about {cost['memory_GB']:.3g} GB of tensors; {left} steps: at least {cost['least_hours']:.2g} hours, "
                    f"at the {rate:.3g} TFLOP/s of matrix products here", file=sys.stderr)
+        self.window_start = time.perf_counter()
 
     def draws(self, iteration):
         """The random numbers of this iteration, for this rank's rows of the batch."""

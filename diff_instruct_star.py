@@ -38,10 +38,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common import (EMA, LORA_TARGETS, Denoiser, Run, UserError, Weights, add_lora, agreed, cache_conditions,
-                    check_targets, choose_device, chunks_of, convert, dense_copy, draw_many_steps, draw_samples, enable_checkpointing, export_student, flag, load,
-                    load_decoder, load_scorer, load_teacher, mean_of, one_step, parse_config, part_of, prompts_of, read_config,
-                    run_command, save_grid, shard, start_processes, starting_student)
+from common import (EMA, LORA_TARGETS, Denoiser, Run, UserError, Weights, add_lora, agreed, cache_conditions, check_targets,
+                    choose_device, chunks_of, convert, dense_copy, draw_many_steps, draw_samples, enable_checkpointing,
+                    export_student, flag, load, load_decoder, load_scorer, load_teacher, mean_of, one_step, parse_config,
+                    part_of, prompts_of, read_config, run_command, save_grid, shard, start_processes, starting_student)
 
 
 # Configuration: the defaults are the paper's SDXL run; a preset changes what it names

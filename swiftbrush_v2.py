@@ -429,7 +429,8 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
         ema.update()  # 5.
         return losses
 
-    run.forecast(dict(student=student.net, teachers=teacher.net), lambda iteration: step(iteration, prompts[:1] * size))
+    run.forecast(dict(student=student.net, teachers=teacher.net), lambda iteration: step(iteration, prompts[:1] * size),
+                 {0: 1 / config.regularise_every, 1: 1 - 1 / config.regularise_every} if pair_loss else None)
     for iteration, y in enumerate(run.prompts(prompts), run.start):
         losses = step(iteration, y)
         if (iteration + 1) % config.sample_every == 0 and run.shows:
@@ -513,7 +514,8 @@ def train(config):
             pairs = prepare_pairs(config, teacher, codec, prompts)
             pair_loss = make_pair_loss(config, codec, decode, distance, pairs)
     if config.cache_latents:
-        cache_conditions(codec, prompts + (pairs[2] if pair_loss else []), f"{config.out}/cache", dict(model=config.model))
+        cache_conditions(codec, prompts + (pairs[2] if pair_loss else []), f"{config.out}/cache",
+                         dict(model=config.model))
     shard(config, teacher.net, *([start.net] if start else []))
     for stage in stages:
         if stage == "start":

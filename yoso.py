@@ -59,10 +59,11 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EMA, FREE_FLAGS, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, Run, UserError, Weights,
-                    add_lora, agreed, cache_conditions, cache_latents, choose_device, chunk_for, claim_folder, ddgan_betas, dense_copy, draw_many_steps,
-                    enable_checkpointing, export_one_step, export_student, flag, fold_lora, load, load_dataset, load_distance, map_cond,
-                    mean_of, parse_config, part_of, prompts_of, read_checkpoint, read_config, run_command, sample_order, save_grid,
-                    shard, squared_distance, start_processes, to_floats, write_text)
+                    add_lora, agreed, cache_conditions, cache_latents, choose_device, chunk_for, claim_folder, ddgan_betas,
+                    dense_copy, draw_many_steps, enable_checkpointing, export_one_step, export_student, flag, fold_lora, load,
+                    load_dataset, load_distance, map_cond, mean_of, parse_config, part_of, prompts_of, read_checkpoint,
+                    read_config, run_command, sample_order, save_grid, shard, squared_distance, start_processes, to_floats,
+                    write_text)
 
 
 # Configuration: the defaults are the paper's CIFAR-10 run, and below its fine-tuning of SD 1.5; a preset changes what it names
@@ -138,7 +139,8 @@ class FineTune:
     generator: str = flag("", "a pipeline of few steps, directory or hub id; YOSO-LoRA: stabilityai/sdxl-turbo")
     generator_lora: str = flag("", "LoRA weights merged into it; the data flywheel: the first LoRA, on the new base")
     nfe: int = flag(1, "its network calls a picture: 1, 2 or 4")
-    preset: str = flag("full", "defaults of the other flags: full, lora (with --rank), pixart; for the mini model shapes (v), shapes-epsilon, shapes-lora (v)")
+    preset: str = flag("full", "defaults of the other flags: full, lora (with --rank), pixart; for the mini model shapes (with "
+                       "--adapt), shapes-epsilon, shapes-lora (with --rank)")
     out: str = flag("runs/yoso_t2i", "the run's folder; the same command again resumes what lies there")
     resume: str = flag("", "folder of another run of the same configuration, to continue from its checkpoint")
     seed: int = flag(0, "of weights, order of the data, and noise")
@@ -177,7 +179,7 @@ class FineTune:
     adapt_iterations: int = flag(500, "of each of its two stages; 0: the direct switch; paper: about 1,000 together")
     adapt_lr: float = flag(2e-5, "AdamW learning rate of the adaptation, constant")
     adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: at T an epsilon network's error is amplified")
-    cache_latents: bool = flag(False, "encode all pictures and captions once, float16, to OUT/cache; the text encoders leave the device")
+    cache_latents: bool = flag(False, "encode all pictures and captions once, float16, to OUT/cache; no text encoder on the device")
     prior_num: int = flag(1000, "pictures from which the informative prior is estimated")
     teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5")
 
@@ -197,7 +199,7 @@ FINE_TUNE_PRESETS = {
 def preset_of(given):
     """The preset that fits the flags given: a real model must not get the mini model's rates."""
     if Path(given.get("model", FineTune.model)) == Path(FineTune.model):
-        return "shapes" if given.get("adapt") else "shapes-epsilon"
+        return "shapes-lora" if given.get("rank") else "shapes" if given.get("adapt") else "shapes-epsilon"
     return "lora" if given.get("rank") else "full"
 
 
@@ -722,7 +724,7 @@ def train(config):
 
     x0 = torch.zeros(run.rows.stop - run.rows.start, 3, config.image_size, config.image_size, device=run.device)
     run.forecast(dict(generator=generator, discriminator=discriminator), lambda iteration: step(iteration, x0),
-                 range(min(config.r1_every, 16) if config.r1 else 1))
+                 {0: 1 / config.r1_every, 1: 1 - 1 / config.r1_every} if config.r1 else None)
     for iteration, (x0, _) in enumerate(run.batches(dataset), run.start):
         remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
         for optimizer, lr in ((optimizer_g, config.lr), (optimizer_d, config.lr_d)):
@@ -903,10 +905,11 @@ def fine_tune(config):
     for part in {codec, codec_d}:
         part.warn_of_long(captions)
     if config.cache_latents:
-        made_by = dict(dataset=config.dataset, generate=config.generate)
-        dataset = cache_latents(codec, dataset, f"{config.out}/cache/latents", made_by | dict(model=config.model))
-        for part, name in {codec: config.model, codec_d: config.discriminator or config.model}.items():
-            cache_conditions(part, all_captions, f"{config.out}/cache/{'conditions' if part is codec else 'conditions-d'}", dict(model=name))
+        folder, made_by = f"{config.out}/cache", dict(model=config.model, lora=config.lora)
+        dataset = cache_latents(codec, dataset, f"{folder}/latents", made_by)
+        cache_conditions(codec, all_captions, f"{folder}/conditions", made_by)
+        if codec_d is not codec:
+            cache_conditions(codec_d, all_captions, f"{folder}/conditions-d", dict(model=config.discriminator))
     # The frozen half shares the weights of a network that stays frozen too.
     features = HalfUNet(half.net, share=bool(config.rank or config.adapt or config.discriminator) and not config.shard)
     discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(device)

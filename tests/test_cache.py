@@ -65,6 +65,9 @@ def test_latents_come_from_the_cache(pictures, tmp_path, monkeypatch, capsys):
     assert torch.equal(common.cache_latents(codec, dataset, tmp_path / "cache", {})[6]["image"], latents[6]["image"])
     with pytest.raises(common.UserError, match="made with other flags"):
         common.cache_latents(codec, dataset, tmp_path / "cache", dict(model="another"))
+    (pictures / "5.txt").write_text("another caption")
+    with pytest.raises(common.UserError, match="state of the files"):
+        common.cache_latents(codec, common.load_dataset(str(pictures), 16), tmp_path / "cache", {})
     endless = common.load_dataset("shapes", 16)
     assert common.cache_latents(codec, endless, tmp_path / "none", {}) is endless
 

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import common
+import diff_instruct_star
+import swiftbrush_v2
 import tiny
 import yoso
 
@@ -47,7 +49,7 @@ def test_the_forecast_holds(line, model, tmp_path):
     optimizers = list(run.parts.values())
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     before = [p.detach().double() for p in trained]
-    cost = common.cost_of_step(run, networks, optimizers, parts["step"], [0])
+    cost = common.cost_of_step(run, networks, optimizers, parts["step"], {0: 1.0})
     assert cost["memory_GB"] - others - sum(b.nbytes for b in before) / 2**30 == pytest.approx(measured, rel=0.15)
     assert all(torch.equal(b, p) and p.device.type == "cpu" and p.grad is None and p.requires_grad for b, p in zip(before, trained))
     assert not any(o.state for o in optimizers) and (cost["trained"], run.world) == (sum(p.numel() for p in trained), 1)
@@ -71,8 +73,77 @@ def test_the_calls_of_a_step(line, calls, units, model, tmp_path):
     parts, networks, run = parts_of(common.parse_config(kind, presets, [*argv, "--device", "cpu"], ""), tmp_path)
     shared = {} if method != "swiftbrush_v2" else {"lora_teacher": networks.pop("lora_teacher")}
     assert all(network is networks["teacher"] for network in shared.values())
-    cost = common.cost_of_step(run, networks, list(run.parts.values()), parts["step"], [0])
+    cost = common.cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
     assert cost["calls"] == {name: calls[name] for name in networks} and list(cost["units"].values()) == units[:len(networks)]
+
+
+class Enough(Exception):
+    """The forecast is made; no step is wanted."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Tiny pipelines of every kind, a CLIPModel, and prompts whose first is longer than the text encoders take."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("sd", "sdxl", "pixart"):
+        getattr(tiny, name)().save_pretrained(root / name)
+    tiny.pixel(root / "pixel", classes=None)
+    for part in tiny.clip():
+        part.save_pretrained(root / "clip")
+    (root / "prompts.txt").write_text("a red circle on white " * 30 + "\na blue square\n")
+    return root
+
+
+@pytest.mark.parametrize("script, model, more", [
+    (yoso, "sd", "--adapt --adapt-iterations 0 --precision bf16 --gradient-checkpointing"),
+    (yoso, "sdxl", "--rank 4 --cache-latents"), (yoso, "pixart", "--discriminator {root}/sd --cache-latents --micro-batch 2"),
+    (swiftbrush_v2, "sd", "--stage b --rank-b 4 --cache-latents"), (swiftbrush_v2, "sdxl", "--stage a --gradient-checkpointing"),
+    (swiftbrush_v2, "pixart", "--stage a --regularise pairs --regularise-num 4 --regularise-steps 2 --cache-latents"),
+    (swiftbrush_v2, "pixel", "--stage a --preset cifar10"),
+    (diff_instruct_star, "sd", "--assistant lora --rank 4"), (diff_instruct_star, "sdxl", "--cache-latents --precision bf16"),
+    (diff_instruct_star, "pixart", "--divergence kl --gradient-checkpointing"), (diff_instruct_star, "pixel", "--preset cifar10")])
+def test_every_kind_of_run_has_one(script, model, more, models, tmp_path, monkeypatch, capsys):
+    make = common.Run.forecast
+
+    def forecast(run, *arguments):
+        make(run, *arguments)
+        raise Enough
+
+    monkeypatch.setattr(common.Run, "forecast", forecast)
+    argv = ["--preset", "shapes", "--model", f"{models}/{model}", "--batch-size", "4", "--iterations", "2", "--device", "cpu",
+            "--out", f"{tmp_path}/out", *more.format(root=models).split()]
+    if script is yoso:
+        argv += ["--prior-num", "4"]
+    else:
+        argv += ["--prediction", "epsilon", "--decoder", "", *([] if model == "pixel" else ["--prompts", f"{models}/prompts.txt"])]
+        argv += ["--clip", f"{models}/clip"] if script is swiftbrush_v2 else (
+            ["--reward", "", "--probe", ""] if model == "pixel" else ["--reward", f"{models}/clip", "--probe", ""])
+    with pytest.raises(Enough):
+        script.main(argv)
+    assert "no forecast" not in capsys.readouterr().err
+    cost = json.loads(next((tmp_path / "out").rglob("forecast.json")).read_text())
+    assert cost["TFLOP"] > 0 and cost["memory_GB"] > 0 and all(calls > 0 for calls, _ in cost["calls"].values())
+
+
+def test_a_run_goes_on_without_a_forecast(tmp_path, monkeypatch, capsys):
+    """Where the forecast fails, one line says so, and the run ends with the weights that it has without one."""
+    argv = ["--preset", "shapes", "--channels", "8", "16", "--batch-size", "8", "--iterations", "2", "--device", "cpu", "--out"]
+    step, calls = yoso.update_generator, []
+
+    def failing(*arguments):
+        calls.append(step(*arguments))
+        if len(calls) == 1:  # in the forecast, with a graph alive
+            raise NotImplementedError("no such kernel")
+        return calls[-1]
+
+    monkeypatch.setattr(yoso, "update_generator", failing)
+    yoso.main([*argv, str(tmp_path / "a")])
+    assert "no forecast of time and memory: NotImplementedError: no such kernel" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "forecast.json").exists() and len(calls) == 3
+    monkeypatch.setattr(yoso, "update_generator", step)
+    yoso.main([*argv, str(tmp_path / "b")])
+    a, b = (common.read_checkpoint(tmp_path / name / "checkpoint")["state"]["generator"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_says_what_it_will_take(tmp_path, capsys):

@@ -132,6 +132,8 @@ def fine_tune_parts(config, folder):
     half, codec_d = load(config.discriminator, device) if config.discriminator else (start, codec)
     features = yoso.HalfUNet(half.net, share=bool(config.rank or config.discriminator))
     discriminator = yoso.LatentDiscriminator(half.net, codec.shape[-1]).to(device)
+    if half is not start:
+        half.net.up_blocks = torch.nn.ModuleList()  # never called, as in a run
     if config.rank:
         generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
         parameters = add_lora(start.net, "student", config.rank, config.alpha)
@@ -144,7 +146,8 @@ def fine_tune_parts(config, folder):
     run.parts = dict(optimizer_g=torch.optim.AdamW(parameters.values(), 1e-6, fused=True),
                      optimizer_d=torch.optim.AdamW(discriminator.parameters(), 1e-6, fused=True))
     pictures, captions = torch.zeros(B, 3, codec.picture_size, codec.picture_size, device=device), [""] * B
-    x, t, cond, cond_d = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device), codec.cond(captions), codec_d.cond(captions)
+    x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
+    cond, cond_d = codec.cond(captions), codec_d.cond(captions)
     x2, t2, cond2 = torch.cat([x, x]), torch.cat([t, t]), yoso.map_cond(lambda v: torch.cat([v, v]), cond_d)
     noisier = lambda: yoso.predict_x0(generator, x, t, cond)
 
@@ -364,7 +367,8 @@ def scaling(argv, processes):
     """Images a second on one process and on several of one thread each, on CPU: dict(one, several, ratio)."""
     rates = []
     for n in (1, processes):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), __file__, *argv, "--only-rate"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), __file__, *argv,
+                   "--only-rate"]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"--processes {processes}: a process failed ({done.stderr.strip().splitlines()[-1]})")
@@ -397,14 +401,15 @@ def main(argv):
             return
         peak = {"step": peak_of_steps(parts_of, config, f"{folder}/peak")}
         parts, networks, run = parts_of(config, f"{folder}/run")
-        device, shared = run.device, {network: [name for name, other in networks.items() if other is network] for network in networks.values()}
+        shared = {network: [name for name, other in networks.items() if other is network] for network in networks.values()}
         networks = {" and ".join(names): network for network, names in shared.items()}
-        cost = cost_of_step(run, networks, list(run.parts.values()), parts["step"], [0])
+        cost = cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
         variants = ["step with R1"] if "step with R1" in parts else []
         if args.method in VARIANTS:
             variants = [VARIANTS[args.method]]
             parts[variants[0]] = parts_of(config, f"{folder}/variant", True)[0]["step"]
             peak[variants[0]] = peak_of_steps(parts_of, config, f"{folder}/peak2", True)
+        device = run.device
         times = time_parts(parts | bare_parts(networks, parts["step"]), args.repeats, device)
         matmul = matmul_rate(device, config.precision)
     step, variant_times = times.pop("step"), {name: times.pop(name) for name in variants}

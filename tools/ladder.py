@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
-from diffusers import (AutoencoderKL, AutoencoderTiny, DDPMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel, StableDiffusionPipeline,
-                       StableDiffusionXLPipeline, UNet2DConditionModel)
+from diffusers import (AutoencoderKL, AutoencoderTiny, DDPMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel,
+                       StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import benchmark
@@ -83,7 +83,8 @@ class EmptyCodec(Codec):
         tokens = 120 if self.name == "PixArtAlphaPipeline" else 77
         condition = dict(encoder_hidden_states=torch.empty(B, tokens, self.width, device="meta"))
         if self.name == "StableDiffusionXLPipeline":
-            condition["added_cond_kwargs"] = dict(text_embeds=torch.empty(B, 1280, device="meta"), time_ids=torch.empty(B, 6, device="meta"))
+            pooled, sizes = torch.empty(B, 1280, device="meta"), torch.empty(B, 6, device="meta")
+            condition["added_cond_kwargs"] = dict(text_embeds=pooled, time_ids=sizes)
         if self.name == "PixArtAlphaPipeline":
             condition |= dict(encoder_attention_mask=torch.empty(B, tokens, device="meta"),
                               added_cond_kwargs=dict(resolution=None, aspect_ratio=None))
@@ -110,8 +111,8 @@ def empty_pipeline(name, device):
 def empty_scorer(name, device):
     """What common.load_scorer gives for a published CLIPModel, without numbers."""
     model = CLIPModel(CLIPConfig(**PICTURE_CLIPS[name])).eval().requires_grad_(False)
-    return Scorer(lambda x: model.get_image_features(pixel_values=x).pooler_output,
-                  lambda prompts: torch.empty(len(prompts), model.config.projection_dim, device="meta"), 224, (0.5,) * 3, (0.5,) * 3, "meta")
+    texts = lambda prompts: torch.empty(len(prompts), model.config.projection_dim, device="meta")
+    return Scorer(lambda x: model.get_image_features(pixel_values=x).pooler_output, texts, 224, (0.5,) * 3, (0.5,) * 3, "meta")
 
 
 def empty_decoder(name, codec):
@@ -163,8 +164,9 @@ def memory_of(arm, samples, checkpointing, folder):
         run.device = torch.device("cpu")  # whose autocast the rules follow
         optimizers = list(run.parts.values())
         with torch.device("meta"):
-            cost = common.cost_of_step(run, {}, optimizers, parts["step"], [0], torch.device("meta"))
-        states = common.held_bytes(torch.device("meta")) + 3 * sum(p.nbytes for o in optimizers for g in o.param_groups for p in g["params"])
+            cost = common.cost_of_step(run, {}, optimizers, parts["step"], {0: 1.0}, torch.device("meta"))
+        trained = sum(p.nbytes for o in optimizers for group in o.param_groups for p in group["params"])
+        states = common.held_bytes(torch.device("meta")) + 3 * trained  # a gradient and two moments
     return cost["memory_GB"], states / 2**30, cost["TFLOP"]
 
 
@@ -179,7 +181,8 @@ def main(argv):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
     common.RAISED_ON.add("cpu")  # a GPU is meant
     rows = []
-    print("| model, method | samples at once | GB of states | GB of a step | with --gradient-checkpointing | TFLOP a sample |\n|---|---|---|---|---|---|")
+    print("| model, method | samples at once | GB of states | GB of a step | with --gradient-checkpointing | TFLOP a sample |\n"
+          "|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for arm in args.arms:
             for samples in args.samples:
