@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def plot_rows(folder, patterns, keys, path):
+def plot_rows(folder, patterns, keys, path, log):
     """A line for each pattern through the means of its arms, in the order of the first key; every seed a dot."""
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     figure, axis = plt.subplots(figsize=(5, 3.6))
@@ -26,11 +26,12 @@ def plot_rows(folder, patterns, keys, path):
                 arms.setdefault(row["arm"], []).append([row[key] for key in keys])
         means = {arm: [sum(column) / len(column) for column in zip(*points)] for arm, points in arms.items()}
         order = sorted(means, key=means.get)
-        line, = axis.plot(*zip(*(means[arm] for arm in order)), linewidth=1, label=pattern.replace("?*", "alpha"))
+        line, = axis.plot(*zip(*(means[arm] for arm in order)), linewidth=1, label=pattern.removesuffix(", ?*").replace("?*", "alpha"))
         axis.scatter(*zip(*(point for points in arms.values() for point in points)), s=10, color=line.get_color())
         for arm in order:
-            axis.annotate(arm.split(",")[0].split()[-1], means[arm], xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axis.set(xlabel=keys[0], ylabel=keys[1])
+            if (weight := arm.split(",")[0].split()[-1])[0].isdigit():
+                axis.annotate(weight, means[arm], xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axis.set(xlabel=keys[0], ylabel=keys[1], yscale="log" if log else "linear")
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -40,12 +41,14 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--keys", nargs="+", default=["L_D", "L_adv", "L_rec", "images_per_second"], help="keys of metrics.jsonl, or two of an ablation's rows")
+    parser.add_argument("--keys", nargs="+", default=["L_D", "L_adv", "L_rec", "images_per_second"],
+                        help="keys of metrics.jsonl, or two of an ablation's rows")
     parser.add_argument("--arms", nargs="+", help="of an ablation's folder: a line for each of these patterns of arms")
+    parser.add_argument("--log", action="store_true", help="with --arms: a logarithmic scale upwards")
     parser.add_argument("--png", default="curves.png", help="the file to write")
     args = parser.parse_args()
     if args.arms:
-        return plot_rows(args.runs[0], args.arms, args.keys, args.png)
+        return plot_rows(args.runs[0], args.arms, args.keys, args.png, args.log)
     figure, axes = plt.subplots(1, len(args.keys), figsize=(3.6 * len(args.keys), 2.8), squeeze=False)
     for run in args.runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
