@@ -13,6 +13,12 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 
+def pytest_configure(config):
+    """Slow tests only run when they are asked for: python -m pytest -m "slow or not slow"."""
+    config.addinivalue_line("markers", "slow: more of what a quick test has shown")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -13,17 +13,18 @@ import swiftbrush_v2
 import tiny
 import yoso
 
+SLOW = pytest.mark.slow
 CONFIGS = [
-    "yoso --preset shapes --channels 8 16 --batch-size 8",
+    pytest.param("yoso --preset shapes --channels 8 16 --batch-size 8", marks=SLOW),
     "yoso --preset shapes --channels 8 16 --batch-size 8 --precision bf16",
     "yoso --preset shapes --channels 8 16 --batch-size 8 --micro-batch 4 --gradient-checkpointing",
-    "yoso_t2i --batch-size 4",
+    pytest.param("yoso_t2i --batch-size 4", marks=SLOW),
     "yoso_t2i --batch-size 4 --rank 8 --gradient-checkpointing",
-    "yoso_t2i --batch-size 4 --precision bf16",
-    "swiftbrush_v2 --batch-size 4 --stage a",
+    pytest.param("yoso_t2i --batch-size 4 --precision bf16", marks=SLOW),
+    pytest.param("swiftbrush_v2 --batch-size 4 --stage a", marks=SLOW),
     "swiftbrush_v2 --batch-size 4 --stage a --precision bf16 --gradient-checkpointing",
-    "swiftbrush_v2 --batch-size 4 --stage b --micro-batch 2",
-    "diff_instruct_star --batch-size 4",
+    pytest.param("swiftbrush_v2 --batch-size 4 --stage b --micro-batch 2", marks=SLOW),
+    pytest.param("diff_instruct_star --batch-size 4", marks=SLOW),
     "diff_instruct_star --batch-size 4 --assistant lora --precision bf16",
     "diff_instruct_star --batch-size 4 --divergence kl --gradient-checkpointing",
 ]
@@ -97,11 +98,11 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("script, model, more", [
     (yoso, "sd", "--adapt --adapt-iterations 0 --precision bf16 --gradient-checkpointing"),
     (yoso, "sdxl", "--rank 4 --cache-latents"), (yoso, "pixart", "--discriminator {root}/sd --cache-latents --micro-batch 2"),
-    (swiftbrush_v2, "sd", "--stage b --rank-b 4 --cache-latents"), (swiftbrush_v2, "sdxl", "--stage a --gradient-checkpointing"),
+    (swiftbrush_v2, "sd", "--stage b --rank-b 4 --cache-latents"), pytest.param(swiftbrush_v2, "sdxl", "--stage a --gradient-checkpointing", marks=SLOW),
     (swiftbrush_v2, "pixart", "--stage a --regularise pairs --regularise-num 4 --regularise-steps 2 --cache-latents"),
     (swiftbrush_v2, "pixel", "--stage a --preset cifar10"),
-    (diff_instruct_star, "sd", "--assistant lora --rank 4"), (diff_instruct_star, "sdxl", "--cache-latents --precision bf16"),
-    (diff_instruct_star, "pixart", "--divergence kl --gradient-checkpointing"), (diff_instruct_star, "pixel", "--preset cifar10")])
+    pytest.param(diff_instruct_star, "sd", "--assistant lora --rank 4", marks=SLOW), (diff_instruct_star, "sdxl", "--cache-latents --precision bf16"),
+    (diff_instruct_star, "pixart", "--divergence kl --gradient-checkpointing"), pytest.param(diff_instruct_star, "pixel", "--preset cifar10", marks=SLOW)])
 def test_every_kind_of_run_has_one(script, model, more, models, tmp_path, monkeypatch, capsys):
     make = common.Run.forecast
 
