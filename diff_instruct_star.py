@@ -404,6 +404,7 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
         before.write_bytes(earlier)
 
     def step(iteration, y):
+        """One iteration on this rank's prompts; the scalars to log."""
         cond, losses = codec.cond(y), {}
         for k in range(config.assistant_steps):
             losses = assistant_step(iteration, k, cond, run, config, codec.shape, student, assistant, parameters_assistant,

@@ -422,6 +422,7 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
     shown, null = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)], codec.null(size)
 
     def step(iteration, y):
+        """One iteration, 1. to 5., on this rank's prompts; the scalars to log."""
         cond = codec.cond(y)
         x0, losses = student_step(iteration, y, cond, null, run, config, codec.shape, student, teacher, lora_teacher, image_losses,
                                   pair_loss, parameters, optimizer)

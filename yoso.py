@@ -718,6 +718,7 @@ def train(config):
                 save_grid(draw_samples(generator, schedule, config, 64, 1, 0, run.device), path)
 
     def step(iteration, x0):
+        """Steps 1 to 6 on this rank's pictures; the scalars to log."""
         losses = train_step(iteration, x0, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
         ema.update()  # 6.
         return losses
@@ -929,13 +930,17 @@ def fine_tune(config):
     train_pretrained(run, config, start, codec, features, discriminator, codec_d, dataset, captions, prior, rows)
 
 
+def make_trainable(config, start):
+    """The pretrained Denoiser as what is trained, all of it or a LoRA on it, and the trained parameters by name."""
+    if not config.rank:
+        return start, Weights(start.net.requires_grad_(True).named_parameters())
+    generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
+    return generator, add_lora(start.net, "student", config.rank, config.alpha)
+
+
 def train_pretrained(run, config, start, codec, features, discriminator, codec_d, dataset, captions, prior, rows):
     """The training on Eq. 6; exports the averaged generator to OUT/pipeline and draws OUT/comparison.png below the rows."""
-    if config.rank:
-        generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
-        parameters = add_lora(start.net, "student", config.rank, config.alpha)
-    else:
-        generator, parameters = start, Weights(start.net.requires_grad_(True).named_parameters())
+    generator, parameters = make_trainable(config, start)
     if config.gradient_checkpointing:
         enable_checkpointing(generator.net)
         enable_checkpointing(discriminator.features.unet)
@@ -949,6 +954,7 @@ def train_pretrained(run, config, start, codec, features, discriminator, codec_d
     run.begin(dict(generator=parameters, discriminator=discriminator, ema=ema, optimizer_g=optimizer_g, optimizer_d=optimizer_d))
 
     def step(iteration, pictures, texts):
+        """Steps 1 to 6 on this rank's pictures and captions; the scalars to log."""
         losses = fine_tune_step(iteration, pictures, texts, run, config, codec, codec_d, generator, discriminator, features, parameters,
                                 optimizer_g, optimizer_d)
         ema.update()  # 6.

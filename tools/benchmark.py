@@ -134,11 +134,7 @@ def fine_tune_parts(config, folder):
     discriminator = yoso.LatentDiscriminator(half.net, codec.shape[-1]).to(device)
     if half is not start:
         half.net.up_blocks = torch.nn.ModuleList()  # never called, as in a run
-    if config.rank:
-        generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
-        parameters = add_lora(start.net, "student", config.rank, config.alpha)
-    else:
-        generator, parameters = start, Weights(start.net.requires_grad_(True).named_parameters())
+    generator, parameters = yoso.make_trainable(config, start)
     if config.gradient_checkpointing:
         for network in (generator.net, discriminator.features.unet):
             enable_checkpointing(network)
