@@ -132,8 +132,6 @@ def fine_tune_parts(config, folder):
     half, codec_d = load(config.discriminator, device) if config.discriminator else (start, codec)
     features = yoso.HalfUNet(half.net, share=bool(config.rank or config.discriminator))
     discriminator = yoso.LatentDiscriminator(half.net, codec.shape[-1]).to(device)
-    if half is not start:
-        half.net.up_blocks = torch.nn.ModuleList()  # never called, as in a run
     generator, parameters = yoso.make_trainable(config, start)
     if config.gradient_checkpointing:
         for network in (generator.net, discriminator.features.unet):
