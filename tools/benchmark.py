@@ -5,7 +5,7 @@
     python tools/benchmark.py yoso_t2i --rank 64
     python tools/benchmark.py swiftbrush_v2 --stage a            also with the LoRA teacher as a copy of the frozen network
     python tools/benchmark.py diff_instruct_star                 also with one backward pass in place of the leaf trick
-    python tools/benchmark.py swiftbrush_v2 --processes 2        only the rate of two processes of one thread, against one's
+    python tools/benchmark.py swiftbrush_v2 --processes 2        only how the rate scales to two processes of one thread
 
 Absolute times depend on the machine and wander; the ratios hold. Medians over --repeats after two warm-up rounds, the
 parts taken in turn so that a slow moment hits all of them. Memory: the most bytes that the tensors of building and two steps held
@@ -357,17 +357,30 @@ def rate_of(parts_of, config, folder, repeats):
     return config.batch_size / time_parts({"step": parts["step"]}, repeats, run.device)["step"]
 
 
-def scaling(argv, processes):
-    """Images a second on one process and on several of one thread each, on CPU: dict(one, several, ratio)."""
-    rates = []
-    for n in (1, processes):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), __file__, *argv,
-                   "--only-rate"]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"--processes {processes}: a process failed ({done.stderr.strip().splitlines()[-1]})")
-        rates.append(float(done.stdout.split()[-1]))
-    return dict(one=rates[0], several=rates[1], ratio=rates[1] / rates[0])
+def scaling(argv, batch_size, processes):
+    """Images a second on CPU, every process of one thread; a dict.
+
+    whole, share: one process with the batch, and with the part of it that one of several gets. apart: several that do not know of
+    each other, a part each: what this machine has to give. together: data parallel. strong, weak: together over whole and over
+    share. exchange: 1 - together over apart, what exchanging gradients and waiting for each other cost.
+    """
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def rate(size, ranks=1, copies=1):
+        command = [*launch, str(ranks), __file__, *argv, "--batch-size", str(size), "--only-rate"]
+        children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                    for _ in range(copies)]
+        output = [child.communicate() for child in children]
+        for child, (_, errors) in zip(children, output):
+            if child.returncode:
+                raise UserError(f"--processes {processes}: a process failed ({errors.strip().splitlines()[-1]})")
+        return sum(float(out.split()[-1]) for out, _ in output)
+
+    part = batch_size // processes
+    rates = dict(whole=rate(batch_size), share=rate(part), apart=rate(part, copies=processes), together=rate(batch_size, processes))
+    return rates | dict(strong=rates["together"] / rates["whole"], weak=rates["together"] / rates["share"],
+                        exchange=1 - rates["together"] / rates["apart"])
 
 
 def main(argv):
@@ -376,16 +389,18 @@ def main(argv):
     parser.add_argument("method", choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds")
     parser.add_argument("--json", help="write the report to this file too")
-    parser.add_argument("--processes", type=int, default=0, help="only the rate of that many processes, one thread each, against one's")
+    parser.add_argument("--processes", type=int, default=0, help="only how the rate scales to that many processes, one thread each")
     parser.add_argument("--only-rate", action="store_true", help="print only the images a second, also under torchrun")
     args, rest = parser.parse_known_args(argv)
     script, config_class, presets, parts_of = METHODS[args.method]
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
+    if args.processes < 0 or args.processes == 1:
+        raise UserError(f"--processes {args.processes}: must be at least 2")
     config = parse_config(config_class, presets, rest, "", None if args.method == "yoso" else script.preset_of)
     if args.processes:
-        report = scaling([args.method, "--repeats", str(args.repeats), *rest], args.processes)
-        print(json.dumps(report))
+        report = scaling([args.method, "--repeats", str(args.repeats), *rest], config.batch_size, args.processes)
+        print(json.dumps({k: round(v, 3) for k, v in report.items()}))
         return
     with tempfile.TemporaryDirectory() as folder:
         if args.only_rate:
