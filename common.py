@@ -28,6 +28,7 @@ import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
@@ -1486,6 +1487,8 @@ def matmul_rate(device, precision):
 FREE_FLAGS = {"shard", "iterations", "out", "resume", "device", "workers", "micro_batch", "compile", "gradient_checkpointing",
               "log_every", "save_every", "sample_every"}
 
+EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float32
+
 
 class Draws:
     """The random numbers of one iteration: a function of (seed, iteration) alone.
@@ -1737,14 +1740,18 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def average_gradients(self, parameters):
-        """Mean of the parameters' gradients over the ranks, in one exchange; a sharded network has taken its own in the backward pass."""
+        """Mean of the parameters' gradients over the ranks; a sharded network has taken its own in the backward pass."""
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-        if self.world == 1 or not gradients:
+        if self.world == 1:
             return
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        means = flat.div_(self.world).split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients)])
+        # In few exchanges, for in each the ranks wait for each other; but not in one, which would be a copy of all gradients.
+        ends = accumulate(g.numel() for g in gradients)
+        for _, bucket in groupby(zip(ends, gradients), lambda pair: pair[0] // EXCHANGED_AT_ONCE):
+            bucket = [g for _, g in bucket]
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            means = flat.div_(self.world).split([g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [m.view_as(g) for m, g in zip(means, bucket)])
 
     def finish_iteration(self, iteration, losses):
         """Logs, saves where it is time to, and returns True if the run must stop now (Ctrl-C or SIGTERM on any rank).

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,6 +311,21 @@ def test_two_processes_equal_one(tmp_path):
     for name in ("generator", "discriminator"):
         for key in one[name]:
             torch.testing.assert_close(one[name][key], two[name][key], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_exchanged_in_pieces(monkeypatch):
+    """The mean over two ranks, the other one with gradients of three times the size; no piece above the limit by more than a tensor."""
+    pieces = []
+    monkeypatch.setattr(common, "EXCHANGED_AT_ONCE", 10)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda flat: (pieces.append(len(flat)), flat.mul_(4)))
+    parameters = [torch.zeros(size, requires_grad=True) for size in ((2, 3), (5,), (0,), (4, 7), (3,))] + [torch.zeros(9, requires_grad=True)]
+    for i, p in enumerate(parameters[:-1]):
+        p.grad = torch.arange(p.numel()).view(p.shape) + 100.0 * i
+    own = [p.grad.clone() for p in parameters[:-1]]
+    common.Run.average_gradients(SimpleNamespace(world=2), parameters)
+    for p, gradient in zip(parameters, own):
+        assert torch.equal(p.grad, 2 * gradient)
+    assert parameters[-1].grad is None and sum(pieces) == 42 and len(pieces) > 2 and max(pieces) <= 10 + 28
 
 
 def test_a_run_moves_between_two_three_and_one_processes(tmp_path):

@@ -123,7 +123,7 @@ def test_a_perfect_denoiser_has_no_loss(prediction_type):
 def test_a_base_is_trained_on(tmp_path):
     """Another palette and PixArt's schedule: the UNet moves, nothing else does."""
     tiny.sd().save_pretrained(tmp_path / "sd")
-    pretrain.main(["--base", str(tmp_path / "sd"), "--dataset", "shapes-rolled", "--schedule", "pixart", "--scale", "0.001", "--device", "cpu",
+    pretrain.main(["--base", str(tmp_path / "sd"), "--dataset", "shapes-rolled", "--schedule", "pixart", "--iterations", "2", "--device", "cpu",
                    "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")])
     (before, codec), (after, other) = common.load(tmp_path / "sd"), common.load(tmp_path / "out")
     assert after.schedule.alpha[-1].item() == pytest.approx(0.00635282, rel=1e-4)

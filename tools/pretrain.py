@@ -47,7 +47,7 @@ class Config:
     dataset: str = flag("shapes", "shapes: the mini models; cifar10 or a folder by class: a teacher in pixel space; with --base, any")
     base: str = flag("", "train the UNet of this Stable Diffusion on, on --dataset and for --schedule, instead")
     schedule: str = flag("", "with --base, the noise levels: its own, sd (scaled linear) or pixart (linear)")
-    preset: str = flag("shapes", "sizes of a teacher: shapes, small; cifar10, DDPM's, for a GPU")
+    preset: str = flag("shapes", "defaults of a teacher: shapes; cifar10, DDPM's, for a GPU; base: of --base")
     out: str = flag("assets", "folder of the mini models; for a teacher, its own folder")
     runs: str = flag("runs/pretrain", "folder of the training itself, from which an interrupted one continues")
     scale: float = flag(1.0, "factor on every part's iterations")
@@ -55,15 +55,16 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "fp32, or bf16 for the networks")
     workers: int = flag(0, "processes that read pictures")
-    iterations: int = flag(20_000, "of a teacher; those of the mini models and of --base stand in PARTS")
-    batch_size: int = flag(64, "of a teacher")
-    lr: float = flag(5e-4, "of a teacher")
+    iterations: int = flag(20_000, "of a teacher or of --base; those of the mini models stand in PARTS")
+    batch_size: int = flag(64, "of a teacher or of --base")
+    lr: float = flag(5e-4, "of a teacher or of --base")
     image_size: int = flag(32, "pixels of a teacher")
     channels: tuple = flag((32, 64, 64), "of a teacher, by resolution")
     attention: bool = flag(True, "of a teacher, at its lowest resolution")
 
 
-PRESETS = {"shapes": {}, "cifar10": dict(channels=(128, 256, 256, 256), batch_size=128, lr=2e-4, iterations=200_000)}
+PRESETS = {"shapes": {}, "cifar10": dict(channels=(128, 256, 256, 256), batch_size=128, lr=2e-4, iterations=200_000),
+           "base": dict(iterations=2000)}  # measured here: a mini model takes on another palette, README
 
 # Iterations, batch size, learning rate; measured here: what reaches the README's figures in less than an hour of two cores.
 PARTS = {
@@ -73,7 +74,6 @@ PARTS = {
     "judge": (2500, 128, 1e-3),
     "pickscore": (1500, 128, 3e-4),
     "unet": (9000, 64, 1e-3),
-    "base": (2000, 64, 5e-4),
 }
 
 
@@ -137,6 +137,11 @@ def emptied(captions, draw):
     """The captions, a share of them empty."""
     drop = (draw.rand() < NULL_SHARE).tolist()
     return ["" if dropped else caption for dropped, caption in zip(drop, captions)]
+
+
+def preset_of(given):
+    """The preset that fits the flags given."""
+    return "base" if given.get("base") else given["dataset"] if given.get("dataset") in PRESETS else "shapes"
 
 
 def distance_from_middle(attributes):
@@ -423,7 +428,7 @@ def train_pixel_teacher(config):
 
 def main(argv):
     """The mini models, or a teacher for pictures."""
-    config = parse_config(Config, PRESETS, argv, __doc__.splitlines()[0])
+    config = parse_config(Config, PRESETS, argv, __doc__.splitlines()[0], preset_of)
     start_processes(choose_device(config.device))  # before CIFAR-10 is downloaded, by one of them
     if config.base:
         train_base(config)
