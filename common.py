@@ -1752,6 +1752,7 @@ class Run:
             dist.all_reduce(flat)
             means = flat.div_(self.world).split([g.numel() for g in bucket])
             torch._foreach_copy_(bucket, [m.view_as(g) for m, g in zip(means, bucket)])
+            del flat, means  # before the next piece is copied
 
     def finish_iteration(self, iteration, losses):
         """Logs, saves where it is time to, and returns True if the run must stop now (Ctrl-C or SIGTERM on any rank).

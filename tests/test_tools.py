@@ -131,6 +131,11 @@ def test_a_base_is_trained_on(tmp_path):
     assert all(torch.equal(v, codec.vae.state_dict()[k]) for k, v in other.vae.state_dict().items())
     with pytest.raises(common.UserError, match="--schedule cosine"):
         pretrain.main(["--base", str(tmp_path / "sd"), "--schedule", "cosine", "--out", str(tmp_path / "no")])
+    for argv in (["--base", str(tmp_path / "sd")], ["--base", str(tmp_path / "sd"), "--out", str(tmp_path / "sd")], ["--dataset", str(tmp_path)]):
+        with pytest.raises(common.UserError, match="--out .*replaced as a whole"):
+            pretrain.main(argv)
+    with pytest.raises(common.UserError, match="--schedule: only with --base"):
+        pretrain.main(["--schedule", "pixart", "--out", str(tmp_path / "no")])
 
 
 def test_ablation_rows_are_kept_and_failures_named(tmp_path, monkeypatch):
@@ -164,6 +169,22 @@ def test_benchmark_accounts_for_the_step(tmp_path):
     times = benchmark.time_parts(parts, 1, run.device)
     assert {"step", "step with R1"} < times.keys() and all(t > 0 for t in times.values())
     assert set(networks) == {"generator", "discriminator"}
+
+
+def test_scaling_names_what_is_wrong():
+    with pytest.raises(common.UserError, match="--batch-size 9 is not divisible"):
+        benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "9", "--processes", "2"])
+    with pytest.raises(common.UserError, match="--processes 2: a process failed .*a multiple of 4"):
+        benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "6", "--processes", "2"])
+
+
+@pytest.mark.slow
+def test_scaling_over_two_processes(tmp_path):
+    """Four rates; the two processes of a pair both count."""
+    benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "8", "--channels", "8", "16", "--channels-d", "8", "16", "--processes", "2",
+                    "--repeats", "5", "--json", str(tmp_path / "rates.json")])
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert set(rates) == {"whole", "part", "together", "apart"} and all(rate > 0 for rate in rates.values())
 
 
 @pytest.mark.parametrize("stage", ["a", "b"])

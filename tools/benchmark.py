@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -92,6 +93,7 @@ def yoso_parts(config, folder):
     distance = yoso.load_distance(config.distance, device)
     optimizer_g = torch.optim.Adam(generator.parameters(), 1e-6, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), 1e-6, betas=(0.0, 0.999), fused=True)
+    ema = EMA(generator.named_parameters(), config.ema)
     schedule = NoiseSchedule.from_config(yoso.scheduler_config(config)).to(device)
     x, z = torch.randn(B, 3, size, size, device=device), torch.randn(B, config.latent_z, device=device)
     t = torch.randint(1, config.levels + 1, (B,), device=device)
@@ -105,6 +107,7 @@ def yoso_parts(config, folder):
 
     def step(iteration=0):
         yoso.train_step(iteration, x, run, plain, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
+        ema.update()
 
     top = torch.full_like(t, config.levels)
     run.parts = dict(optimizer_g=optimizer_g, optimizer_d=optimizer_d)
@@ -114,12 +117,13 @@ def yoso_parts(config, folder):
              "D(fake) for G, forward + input backward": backward_pass(
                  run, lambda: discriminator(x.clone().requires_grad_(), t), list(discriminator.parameters())),
              "distances, forward + backward": distances,
-             "optimisers": lambda: (optimizer_g.step(), optimizer_d.step()), "step": step,
+             "optimisers, EMA": lambda: (optimizer_g.step(), optimizer_d.step(), ema.update()), "step": step,
              NETWORK: forward_pass(run, lambda: generator(x, top, z)),
              ONE_STEP: forward_pass(run, lambda: yoso.sample(generator, schedule, [config.levels], x, z))}
     if config.r1:
         def step_r1():
             yoso.train_step(0, x, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
+            ema.update()
         parts["step with R1"] = step_r1
     return parts, dict(generator=generator, discriminator=discriminator), run
 
@@ -132,10 +136,15 @@ def fine_tune_parts(config, folder):
     half, codec_d = load(config.discriminator, device) if config.discriminator else (start, codec)
     features = yoso.HalfUNet(half.net, share=bool(config.rank or config.discriminator))
     discriminator = yoso.LatentDiscriminator(half.net, codec.shape[-1]).to(device)
+    if half is not start:
+        half.net.up_blocks.to("meta")
     generator, parameters = yoso.make_trainable(config, start)
     if config.gradient_checkpointing:
         for network in (generator.net, discriminator.features.unet):
             enable_checkpointing(network)
+    if config.compile:
+        for network in (discriminator, features, *(() if config.rank else (generator.net,))):
+            network.compile()
     ema = EMA(parameters.items(), config.ema)
     run.parts = dict(optimizer_g=torch.optim.AdamW(parameters.values(), 1e-6, fused=True),
                      optimizer_d=torch.optim.AdamW(discriminator.parameters(), 1e-6, fused=True))
@@ -199,6 +208,8 @@ def swiftbrush_parts(config, folder, separate=False):
     if config.gradient_checkpointing:
         for network in set(networks.values()):
             enable_checkpointing(network)
+    if config.compile and stage == "a":
+        student.net.compile()
     optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
     optimizer_lora = torch.optim.AdamW(parameters_lora.values(), rate, fused=True)
     ema, run.parts = EMA(parameters.items(), config.ema), dict(optimizer=optimizer, optimizer_lora=optimizer_lora)
@@ -253,6 +264,9 @@ def diff_instruct_parts(config, folder, plain=False):
     if config.gradient_checkpointing:
         for network in set(networks.values()):
             enable_checkpointing(network)
+    if config.compile:
+        for network in {net, assistant.net} if config.assistant == "full" else {net}:
+            network.compile()
     optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
     optimizer_assistant = torch.optim.AdamW(parameters_assistant.values(), rate, fused=True)
     ema, run.parts = EMA(parameters.items(), config.ema), dict(optimizer=optimizer, optimizer_assistant=optimizer_assistant)
@@ -316,7 +330,7 @@ class TensorMemory(TorchDispatchMode):
 
 def peak_of_steps(parts_of, *arguments):
     """Bytes of tensors that building the networks and two steps hold at their peak."""
-    with TensorMemory() as mode:
+    with torch.compiler.set_stance("force_eager"), TensorMemory() as mode:
         parts = parts_of(*arguments)[0]
         for _ in range(2):
             parts["step"]()
@@ -351,36 +365,41 @@ def bare_parts(networks, step):
     return {f"{name}, bare": partial(go, *call) for name, call in calls.items()}
 
 
-def rate_of(parts_of, config, folder, repeats):
-    """Images a second of whole steps, over all processes."""
+def rate_of(parts_of, config, folder, repeats, apart):
+    """Images a second of whole steps, over all processes; apart: with nothing exchanged between them."""
     parts, _, run = parts_of(config, folder)
-    return config.batch_size / time_parts({"step": parts["step"]}, repeats, run.device)["step"]
+    exchange = dist.all_reduce
+    if run.world > 1:
+        dist.barrier()
+        if apart:
+            dist.all_reduce = lambda *_, **__: None
+    rate = torch.tensor((run.rows.stop - run.rows.start) / time_parts({"step": parts["step"]}, repeats, run.device)["step"])
+    if run.world > 1:
+        dist.all_reduce = exchange
+        dist.all_reduce(rate)
+    return rate.item()
 
 
 def scaling(argv, batch_size, processes):
     """Images a second on CPU, every process of one thread; a dict.
 
-    whole, share: one process with the batch, and with the part of it that one of several gets. apart: several that do not know of
-    each other, a part each: what this machine has to give. together: data parallel. strong, weak: together over whole and over
-    share. exchange: 1 - together over apart, what exchanging gradients and waiting for each other cost.
+    whole, part: one process with the batch, and with what one of several gets of it. together: several in data parallel. apart:
+    the same at the same time, with nothing exchanged: what the machine has to give.
     """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if batch_size % processes:
+        raise UserError(f"--processes {processes}: --batch-size {batch_size} is not divisible by it")
 
-    def rate(size, ranks=1, copies=1):
-        command = [*launch, str(ranks), __file__, *argv, "--batch-size", str(size), "--only-rate"]
-        children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                    for _ in range(copies)]
-        output = [child.communicate() for child in children]
-        for child, (_, errors) in zip(children, output):
-            if child.returncode:
-                raise UserError(f"--processes {processes}: a process failed ({errors.strip().splitlines()[-1]})")
-        return sum(float(out.split()[-1]) for out, _ in output)
+    def rate(size, ranks, *flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, *argv,
+                   "--batch-size", str(size), "--device", "cpu", "--only-rate", *flags]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            ours = [line for line in done.stderr.splitlines() if line.startswith(Path(__file__).name)]
+            raise UserError(f"--processes {processes}: a process failed ({(ours or done.stderr.strip().splitlines())[0]})")
+        return float(done.stdout.split()[-1])
 
-    part = batch_size // processes
-    rates = dict(whole=rate(batch_size), share=rate(part), apart=rate(part, copies=processes), together=rate(batch_size, processes))
-    return rates | dict(strong=rates["together"] / rates["whole"], weak=rates["together"] / rates["share"],
-                        exchange=1 - rates["together"] / rates["apart"])
+    return dict(whole=rate(batch_size, 1), part=rate(batch_size // processes, 1), together=rate(batch_size, processes),
+                apart=rate(batch_size, processes, "--apart"))
 
 
 def main(argv):
@@ -391,6 +410,7 @@ def main(argv):
     parser.add_argument("--json", help="write the report to this file too")
     parser.add_argument("--processes", type=int, default=0, help="only how the rate scales to that many processes, one thread each")
     parser.add_argument("--only-rate", action="store_true", help="print only the images a second, also under torchrun")
+    parser.add_argument("--apart", action="store_true", help="with --only-rate: exchange nothing between the processes")
     args, rest = parser.parse_known_args(argv)
     script, config_class, presets, parts_of = METHODS[args.method]
     if args.repeats < 1:
@@ -400,11 +420,14 @@ def main(argv):
     config = parse_config(config_class, presets, rest, "", None if args.method == "yoso" else script.preset_of)
     if args.processes:
         report = scaling([args.method, "--repeats", str(args.repeats), *rest], config.batch_size, args.processes)
-        print(json.dumps({k: round(v, 3) for k, v in report.items()}))
+        text = json.dumps({k: round(v, 2) for k, v in report.items()})
+        if args.json:
+            Path(args.json).write_text(text + "\n")
+        print(text)
         return
     with tempfile.TemporaryDirectory() as folder:
         if args.only_rate:
-            rate = rate_of(parts_of, config, f"{folder}/run", args.repeats)
+            rate = rate_of(parts_of, config, f"{folder}/run", args.repeats, args.apart)
             if int(os.environ.get("RANK", 0)) == 0:
                 print(rate)
             return

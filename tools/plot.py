@@ -1,7 +1,7 @@
 """The curves of one run, or of several for comparison, as a PNG; or an ablation's rows in a plane of two measures.
 
     python tools/plot.py runs/yoso --png curves.png
-    python tools/plot.py runs/ablate/yoso-seed0 runs/ablate/ufogen-seed0 --keys L_D L_adv --png compare.png
+    python tools/plot.py runs/ablate/yoso/yoso-seed0 runs/ablate/yoso/ufogen-seed0 --keys L_D L_adv --png compare.png
     python tools/plot.py runs/ablate/diff_instruct_star --arms "score ?*, 7.5" "KL ?*, 7.5" --keys reward_score judge_recall --png plane.png
 """
 

@@ -48,7 +48,7 @@ class Config:
     base: str = flag("", "train the UNet of this Stable Diffusion on, on --dataset and for --schedule, instead")
     schedule: str = flag("", "with --base, the noise levels: its own, sd (scaled linear) or pixart (linear)")
     preset: str = flag("shapes", "defaults of a teacher: shapes; cifar10, DDPM's, for a GPU; base: of --base")
-    out: str = flag("assets", "folder of the mini models; for a teacher, its own folder")
+    out: str = flag("assets", "folder of the mini models; for a teacher or with --base, a folder of its own")
     runs: str = flag("runs/pretrain", "folder of the training itself, from which an interrupted one continues")
     scale: float = flag(1.0, "factor on every part's iterations")
     seed: int = flag(0, "of weights, drawings and noise")
@@ -57,7 +57,7 @@ class Config:
     workers: int = flag(0, "processes that read pictures")
     iterations: int = flag(20_000, "of a teacher or of --base; those of the mini models stand in PARTS")
     batch_size: int = flag(64, "of a teacher or of --base")
-    lr: float = flag(5e-4, "of a teacher or of --base")
+    lr: float = flag(5e-4, "of a teacher or of --base; for the mini models; diffusers fine-tunes SD with 1e-5")
     image_size: int = flag(32, "pixels of a teacher")
     channels: tuple = flag((32, 64, 64), "of a teacher, by resolution")
     attention: bool = flag(True, "of a teacher, at its lowest resolution")
@@ -141,7 +141,7 @@ def emptied(captions, draw):
 
 def preset_of(given):
     """The preset that fits the flags given."""
-    return "base" if given.get("base") else given["dataset"] if given.get("dataset") in PRESETS else "shapes"
+    return "base" if given.get("base") else "cifar10" if given.get("dataset") == "cifar10" else "shapes"
 
 
 def distance_from_middle(attributes):
@@ -218,7 +218,7 @@ def tokens_of(tokenizer, captions, device):
 
 
 def build_clip(tokenizer):
-    """A CLIPModel of 0.6 M parameters for 32 x 32 pictures."""
+    """A CLIPModel of 0.5 M parameters for 32 x 32 pictures."""
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     text = dict(hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4,
                 max_position_embeddings=TOKENS, vocab_size=len(tokenizer), **ends)
@@ -228,7 +228,7 @@ def build_clip(tokenizer):
 
 
 def build_vae():
-    """An AutoencoderKL of 0.6 M parameters: 32 x 32 x 3 -> 8 x 8 x 4."""
+    """An AutoencoderKL of 0.7 M parameters: 32 x 32 x 3 -> 8 x 8 x 4."""
     return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                          block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
                          sample_size=IMAGE)
@@ -427,8 +427,13 @@ def train_pixel_teacher(config):
 
 
 def main(argv):
-    """The mini models, or a teacher for pictures."""
+    """The mini models, or a teacher for pictures, or a pipeline trained on."""
     config = parse_config(Config, PRESETS, argv, __doc__.splitlines()[0], preset_of)
+    out = Path(config.out).resolve()
+    if config.schedule and not config.base:
+        raise UserError("--schedule: only with --base")
+    if config.base and out == Path(config.base).resolve() or (config.base or config.dataset != "shapes") and out == Path(Config.out).resolve():
+        raise UserError(f"--out {config.out}: would be replaced as a whole; give a folder of its own")
     start_processes(choose_device(config.device))  # before CIFAR-10 is downloaded, by one of them
     if config.base:
         train_base(config)
