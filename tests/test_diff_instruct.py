@@ -354,6 +354,7 @@ def test_each_network_is_called_as_often_as_needed(models, monkeypatch):
     assert calls == dict(student=1, assistant=1, reference=2)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(models, tmp_path):
     run(flags(models, tmp_path / "one"))
     command = ["--standalone", "--nproc-per-node", "2", ROOT / "diff_instruct_star.py", *flags(models, tmp_path / "two")]

@@ -83,7 +83,7 @@ def same(a, b):
     assert difference.quantile(0.99) < 1e-5 and difference.max() < 1e-2, (difference.quantile(0.99), difference.max())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (i > 0)) for i, name in enumerate(RUNS)])
 def test_sharded_equals_one_process(models, tmp_path, name):
     shares = sharded(name, flags(name, models, tmp_path / "two"), tmp_path)
     if name in ("full", "yoso"):
@@ -101,6 +101,7 @@ def test_sharded_equals_one_process(models, tmp_path, name):
     assert grids[0] == grids[1] and grids[0]
 
 
+@pytest.mark.slow
 def test_a_run_moves_into_shards_and_back(models, tmp_path):
     """Saved whole, continued in halves, then whole again: the run that stayed whole."""
     def upto(iterations, out):

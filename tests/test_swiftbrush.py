@@ -299,6 +299,7 @@ def test_memory_flags_change_nothing(models, more):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(models, tmp_path):
     """The same global batch, with image regularisation, whose pairs the processes share out among themselves."""
     more = ["--regularise", "pairs", "--regularise-num", 4, "--regularise-steps", 1, "--clip-weight", 100]
