@@ -367,6 +367,7 @@ def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch,
     assert equal(state(tmp_path / "out"), state(finished / name))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(models, finished, tmp_path):
     command = ["--standalone", "--nproc-per-node", "2", ROOT / "yoso.py", *flags(models, tmp_path / "two", "--adapt")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *map(str, command)], capture_output=True, text=True,
