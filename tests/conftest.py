@@ -5,18 +5,13 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test may wait for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # a thread for each of pytest's processes, and for those that tests start
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-
-def pytest_configure(config):
-    """Slow tests only run when they are asked for: python -m pytest -m "slow or not slow"."""
-    config.addinivalue_line("markers", "slow: more of what a quick test has shown")
-    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture(autouse=True)

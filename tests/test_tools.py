@@ -176,7 +176,6 @@ def test_scaling_names_what_is_wrong():
         benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "9", "--processes", "2"])
 
 
-@pytest.mark.slow
 def test_scaling_over_two_processes(tmp_path):
     """Four rates; what fails in a process is told."""
     with pytest.raises(common.UserError, match="--processes 2: a process failed .*a multiple of 4"):
