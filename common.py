@@ -708,6 +708,11 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def part_here(tensor):
+    """What this process holds of a sharded tensor; any other tensor as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() would be an operation, which a mode sees
+
+
 def class_of(net):
     """The network's own class, which sharding hides behind one of its making."""
     return next(c for c in type(net).__mro__ if not issubclass(c, FSDPModule))
@@ -1318,8 +1323,8 @@ class LiveBytes:
         self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
 
     def count(self, tensor):
-        """Counts the tensor's storage, once; returns the tensor."""
-        storage = tensor.untyped_storage()
+        """Counts the tensor's storage, once, of a sharded tensor this process's part; returns the tensor."""
+        storage = part_here(tensor).untyped_storage()
         if storage not in self.seen:
             self.seen.add(storage)
             weakref.finalize(storage, self._free, storage.nbytes())
@@ -1334,8 +1339,8 @@ class LiveBytes:
 class Ghosts(TorchDispatchMode):
     """Inside the with block every operation runs on meta tensors, by shapes alone: nothing real is computed or changed.
 
-    A real tensor that is met gets a ghost, which is not counted: it exists already. memory counts all others; flop the floating
-    point operations of matrix products, convolutions and attention.
+    A real tensor that is met gets a ghost, which is not counted: it exists already; so does a sharded one, and its ghost is whole.
+    memory counts all others; flop the floating point operations of matrix products, convolutions and attention.
     """
 
     def __init__(self):
@@ -1343,8 +1348,8 @@ class Ghosts(TorchDispatchMode):
         self.memory, self.flop, self.ghosts = LiveBytes(), 0, {}
 
     def ghost(self, tensor):
-        """The meta tensor that stands for a real one."""
-        if tensor.device.type == "meta":
+        """The meta tensor that stands for a real or a sharded one."""
+        if tensor.device.type == "meta" and not isinstance(tensor, DTensor):
             return tensor
         if id(tensor) not in self.ghosts:
             stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -1403,6 +1408,30 @@ def device_rules(device):
         torch.utils.checkpoint._infer_device_type, dist.all_reduce = infer, exchange
 
 
+@contextmanager
+def ungathered(networks):
+    """Inside the with block sharded networks gather nothing, for the ghosts of their weights are whole.
+
+    Yields the bytes that one of them would have gathered at a time: what belongs to no block, and the two largest blocks, the
+    second fetched while the first computes.
+    """
+    most, kept = 0, []
+    for network in networks:
+        sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
+        whole, *blocks = [sum(p.nbytes for p in m.parameters() if isinstance(p, DTensor)) for m in sharded] or [0]
+        most = max(most, whole - sum(sorted(blocks)[:-2]))
+        kept += [(hooks, dict(hooks)) for module in sharded for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        for module, state in zip(sharded, map(fully_shard.state, sharded)):
+            del module._forward_pre_hooks[state._pre_forward_hook_handle.id]
+            del module._forward_hooks[state._post_forward_hook_handle.id]
+    try:
+        yield most
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)
+
+
 def held_bytes(device):
     """The bytes of all tensors of this process on a device."""
     gc.collect()  # what lives in cycles alone is not held
@@ -1424,7 +1453,7 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
     """
     held, memory = held_bytes(device or run.device), (ghosts := Ghosts()).memory
     trained = list({id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}.values())
-    moments = sum(2 * p.nbytes for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state)
+    moments = sum(2 * part_here(p).nbytes for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state)
     calls, units, hooks, share = {name: [0, 0] for name in networks}, dict.fromkeys(networks, 0), [], [0.0]
 
     def counted(name):
@@ -1440,7 +1469,7 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
 
     twins = [torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in trained]
     for twin in twins:
-        memory.seen.add(twin.untyped_storage())
+        memory.seen.add(part_here(twin).untyped_storage())
         twin.grad = memory.count(torch.empty_like(twin))  # the gradients that the step before has left
     swap = lambda: [torch.utils.swap_tensors(p, twin) for p, twin in zip(trained, twins)]
     flop = 0
@@ -1448,8 +1477,11 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
     try:
         for optimizer in optimizers:
             optimizer.step = lambda: None
-        hooks = [network.register_forward_pre_hook(counted(name), with_kwargs=True) for name, network in networks.items()]
-        with torch.compiler.set_stance("force_eager"), ghosts, device_rules(run.device):
+        # Of a sharded weight's gradient only this process's part stays.
+        parts = {p: p.grad for p in trained if isinstance(p, DTensor)}
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", parts[p])) for p in parts]
+        hooks += [network.register_forward_pre_hook(counted(name), with_kwargs=True) for name, network in networks.items()]
+        with torch.compiler.set_stance("force_eager"), ungathered(networks.values()) as gathered, ghosts, device_rules(run.device):
             for iteration, share[0] in iterations.items():
                 before = ghosts.flop
                 step(iteration)
@@ -1466,7 +1498,7 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
         swap()
     return dict(parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
                 trained=sum(p.numel() for p in trained), calls=calls, units=units, TFLOP=flop / 1e12,
-                memory_GB=(held + moments + memory.peak) / 2**30)
+                memory_GB=(held + moments + memory.peak + gathered) / 2**30)
 
 
 def matmul_rate(device, precision):
@@ -1687,7 +1719,7 @@ class Run:
 
         networks: name -> module; step: a function of the iteration that does one; iterations: as for cost_of_step, else the last.
         """
-        if self.rank > 0 or any(isinstance(p, DTensor) for network in networks.values() for p in network.parameters()):
+        if self.rank > 0:
             return
         optimizers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
         shared = {network: [name for name, other in networks.items() if other is network] for network in networks.values()}

@@ -1,11 +1,15 @@
 """--shard: two processes with half of every weight each train as one process does."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import common
 import diff_instruct_star
@@ -43,36 +47,79 @@ def flags(name, models, out):
     script, more = RUNS[name]
     own = {swiftbrush_v2: ["--clip", models / "clip", "--decoder", models / "tae"], yoso: [],
            diff_instruct_star: ["--reward", models / "clip", "--probe", models / "clip", "--decoder", models / "tae"]}[script]
-    return [str(a) for a in ["--model", models / "sd", "--out", out, *COMMON, *own, *more]]
+    model = ROOT / "assets" / "mini-sd" if name == "yoso" else models / "sd"  # one whose weights are most of the memory
+    return [str(a) for a in ["--model", model, "--out", out, *COMMON, *own, *more]]
 
 
-# The real command, which also writes how many bytes of weights, moments and averages this process holds, and how many there are.
+class Held(TorchDispatchMode):
+    """The most bytes that tensors hold inside the with block, those that exist before it included; FSDP resizes what it gathers into."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.operations, self.storages = 0, 0, weakref.WeakSet()
+        for thing in gc.get_objects():
+            if issubclass(type(thing), torch.Tensor):
+                self.see(thing)
+
+    def see(self, tensor):
+        """Remembers where the tensor lies."""
+        if (tensor := common.part_here(tensor)).device.type == "cpu":
+            self.storages.add(tensor.untyped_storage())
+        return tensor
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.see, (args, out))
+        self.operations += 1
+        if self.operations % 4 == 0:  # it takes as long as the operation
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in list(self.storages)))
+        return out
+
+
+# The real command, which also writes how many bytes of weights, moments and averages this process holds, and how many there are; and
+# what the tensors of the last step held at their most.
 SCRIPT = """
 import json, sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tools"]
 import common, {module} as script
-end = common.Run.end
+from test_shard import Held
+end, finish, update, watching, peaks = common.Run.end, common.Run.finish_iteration, common.EMA.update, [], [0]
+
+def after(run, iteration, losses):
+    stop = finish(run, iteration, losses)
+    if iteration == run.config.iterations - 2 and (run.out / "forecast.json").exists():
+        watching.append(Held())
+        watching[0].__enter__()
+    return stop
+
+def updated(ema):
+    update(ema)
+    for held in watching:
+        held.__exit__(None, None, None)
+        peaks.append(held.peak)
+    watching.clear()
 
 def measured(run):
     tensors = common.flat_state(run.parts).values()
-    local = [t.to_local() if isinstance(t, common.DTensor) else t for t in tensors]
+    state = [sum(t.numel() * t.element_size() for t in some) for some in (map(common.part_here, tensors), tensors)]
     with open({folder!r} + f"/bytes{{run.rank}}.json", "w") as file:
-        json.dump([sum(t.numel() * t.element_size() for t in held) for held in (local, tensors)], file)
+        json.dump([*state, max(peaks)], file)
     end(run)
 
-common.Run.end = measured
+common.Run.end, common.Run.finish_iteration, common.EMA.update = measured, after, updated
 common.run_command(script.main)
 """
 
 
 def sharded(name, flags, folder):
-    """Two processes; returns the share of the run's state that each of them holds."""
+    """Two processes; returns the share of the run's state that each of them holds, and the bytes of an iteration."""
     script = folder / "ranks.py"
     script.write_text(SCRIPT.format(root=str(ROOT), module=RUNS[name][0].__name__, folder=str(folder)))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *flags, "--shard"],
                           timeout=280, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:-1500][-3000:]
-    return [held / all_there_is for held, all_there_is in (json.loads((folder / f"bytes{rank}.json").read_text()) for rank in (0, 1))]
+    measured = [json.loads((folder / f"bytes{rank}.json").read_text()) for rank in (0, 1)]
+    return [held / all_there_is for held, all_there_is, _ in measured], [peak for *_, peak in measured]
 
 
 def same(a, b):
@@ -84,9 +131,11 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_sharded_equals_one_process(models, tmp_path, name):
-    shares = sharded(name, flags(name, models, tmp_path / "two"), tmp_path)
+    shares, peaks = sharded(name, flags(name, models, tmp_path / "two"), tmp_path)
     if name in ("full", "yoso"):
         assert max(shares) < 0.55
+    forecasts = [json.loads(path.read_text())["memory_GB"] * 2**30 for path in (tmp_path / "two").rglob("forecast.json")]
+    assert max(peaks) < max(forecasts) < 1.15 * max(peaks)
     RUNS[name][0].main(flags(name, models, tmp_path / "one"))
     stages = [path.parent.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("checkpoint")]
     assert stages
