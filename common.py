@@ -1416,7 +1416,7 @@ def ungathered(networks):
     second fetched while the first computes.
     """
     most, kept = 0, []
-    for network in networks:
+    for network in set(networks):
         sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
         whole, *blocks = [sum(p.nbytes for p in m.parameters() if isinstance(p, DTensor)) for m in sharded] or [0]
         most = max(most, whole - sum(sorted(blocks)[:-2]))

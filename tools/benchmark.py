@@ -34,7 +34,7 @@ import diff_instruct_star
 import swiftbrush_v2
 import yoso
 from common import (EMA, Denoiser, LiveBytes, NoiseSchedule, Run, UserError, Weights, add_lora, cost_of_step, enable_checkpointing,
-                    load, load_decoder, load_scorer, matmul_rate, one_step, parse_config, run_command, use_lora)
+                    load, load_decoder, load_scorer, matmul_rate, one_step, parse_config, run_command, shard, use_lora)
 
 NETWORK, ONE_STEP, DECODED = SAMPLING = "network alone", "one-step sampling", "one-step sampling and decoding"
 SEPARATE, PLAIN = "step with a separate LoRA teacher", "step with one plain backward pass"
@@ -134,10 +134,11 @@ def fine_tune_parts(config, folder):
     device, B = run.device, run.rows.stop - run.rows.start
     start, codec = load(config.model, device)
     half, codec_d = load(config.discriminator, device) if config.discriminator else (start, codec)
-    features = yoso.HalfUNet(half.net, share=bool(config.rank or config.discriminator))
+    features = yoso.HalfUNet(half.net, share=bool(config.rank or config.discriminator) and not config.shard)
     discriminator = yoso.LatentDiscriminator(half.net, codec.shape[-1]).to(device)
     if half is not start:
-        half.net.up_blocks.to("meta")
+        (half.net if config.shard else half.net.up_blocks).to("meta")
+    shard(config, start.net, features, discriminator)
     generator, parameters = yoso.make_trainable(config, start)
     if config.gradient_checkpointing:
         for network in (generator.net, discriminator.features.unet):
@@ -198,10 +199,13 @@ def swiftbrush_parts(config, folder, separate=False):
     base = copy.deepcopy(teacher.net) if separate else teacher.net
     if stage == "a":
         net = sb.dense_copy(teacher.net, teacher.net.state_dict(), device).requires_grad_(True)
+        shard(config, net)
         student, parameters = Denoiser(net, teacher.schedule, teacher.prediction_type), Weights(net.named_parameters())
     else:
+        shard(config, teacher.net)
         student = Denoiser(teacher.net, teacher.schedule, teacher.prediction_type, "student")
         parameters = add_lora(teacher.net, "student", config.rank_b, config.alpha_b)
+    shard(config, teacher.net, base)
     lora_teacher = Denoiser(base, teacher.schedule, teacher.prediction_type, "lora_teacher")
     parameters_lora = add_lora(base, "lora_teacher", config.rank, config.alpha, config.lora_targets)
     networks = dict(student=student.net, teacher=teacher.net, lora_teacher=base)
@@ -252,9 +256,10 @@ def diff_instruct_parts(config, folder, plain=False):
     device, B, rate = run.device, run.rows.stop - run.rows.start, 1e-6
     reference, codec = load(config.model, device)
     net = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True)
+    copied = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True) if config.assistant == "full" else None
+    shard(config, net, reference.net, *([copied] if copied else []))
     student, parameters = Denoiser(net, reference.schedule, reference.prediction_type), Weights(net.named_parameters())
-    if config.assistant == "full":
-        copied = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True)
+    if copied:
         assistant = Denoiser(copied, reference.schedule, reference.prediction_type)
         parameters_assistant = Weights(copied.named_parameters())
     else:
@@ -384,7 +389,7 @@ def scaling(argv, batch_size, processes):
     """Images a second on CPU, every process of one thread; a dict.
 
     whole, part: one process with the batch, and with what one of several gets of it. together: several in data parallel. apart:
-    the same at the same time, with nothing exchanged: what the machine has to give.
+    the same at the same time, with nothing exchanged: what the machine has to give; not with --shard, which cannot do without.
     """
     if batch_size % processes:
         raise UserError(f"--processes {processes}: --batch-size {batch_size} is not divisible by it")
@@ -398,8 +403,8 @@ def scaling(argv, batch_size, processes):
             raise UserError(f"--processes {processes}: a process failed ({(ours or done.stderr.strip().splitlines())[0]})")
         return float(done.stdout.split()[-1])
 
-    return dict(whole=rate(batch_size, 1), part=rate(batch_size // processes, 1), together=rate(batch_size, processes),
-                apart=rate(batch_size, processes, "--apart"))
+    rates = dict(whole=rate(batch_size, 1), part=rate(batch_size // processes, 1), together=rate(batch_size, processes))
+    return rates if "--shard" in argv else rates | dict(apart=rate(batch_size, processes, "--apart"))
 
 
 def main(argv):

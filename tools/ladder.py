@@ -1,6 +1,7 @@
 """What fits in a GPU: the memory of one training step of every method on SD 1.5, SD 2.1, PixArt-alpha and SDXL.
 
     python tools/ladder.py                          the table; about two minutes, a gigabyte, no GPU
+    python tools/ladder.py --processes 8            each of 8 GPUs that share the states by --shard
     python tools/ladder.py --arms "SDXL, Diff-Instruct*" --samples 1 2 4
 
 The networks of the published configurations exist without numbers, on torch's meta device, and the methods' own steps run on them
@@ -18,8 +19,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
+import torch.distributed as dist
 from diffusers import (AutoencoderKL, AutoencoderTiny, DDPMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel,
                        StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import benchmark
@@ -133,24 +137,40 @@ def empty_run(config, **more):
 @contextmanager
 def empty_networks():
     """Inside the with block the benchmark builds networks without numbers."""
-    stand_ins = dict(load=empty_pipeline, load_scorer=empty_scorer, load_decoder=empty_decoder, Run=empty_run)
-    kept = {name: getattr(benchmark, name) for name in stand_ins}
+    stand_ins = {(benchmark, "load"): empty_pipeline, (benchmark, "load_scorer"): empty_scorer, (benchmark, "load_decoder"): empty_decoder,
+                 (benchmark, "Run"): empty_run, (common, "init_device_mesh"): lambda device, shape: init_device_mesh("cpu", shape)}
+    kept = {place: getattr(*place) for place in stand_ins}
     try:
-        for name, stand_in in stand_ins.items():
-            setattr(benchmark, name, stand_in)
+        for place, stand_in in stand_ins.items():
+            setattr(*place, stand_in)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that copies between meta tensors do nothing
             yield
     finally:
-        for name, function in kept.items():
-            setattr(benchmark, name, function)
+        for place, function in kept.items():
+            setattr(*place, function)
 
 
-def memory_of(arm, samples, checkpointing, folder):
-    """GB of one step of an arm on `samples` samples, of which the states alone (weights, gradients, moments, averages)."""
+@contextmanager
+def processes_that_share(number):
+    """Inside the with block this is the first of so many processes, the others of which do not exist."""
+    if number > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        if number > 1:
+            dist.destroy_process_group()
+
+
+def memory_of(arm, samples, checkpointing, folder, processes=1):
+    """(GB of one step of an arm on `samples` samples, GB of the states alone: weights, gradients, moments, averages; TFLOP).
+
+    processes: of which each keeps its part of the states and has so many samples (--shard).
+    """
     method, flags = ARMS[arm]
     _, kind, presets, parts_of = benchmark.METHODS[method]
-    more = ["--gradient-checkpointing"] if checkpointing else []
+    more = ["--gradient-checkpointing"] * checkpointing + ["--shard"] * (processes > 1)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompts:
         prompts.write("a picture\n")
         prompts.flush()
@@ -159,13 +179,13 @@ def memory_of(arm, samples, checkpointing, folder):
         preset = {"yoso_t2i": "full", "swiftbrush_v2": "sd21", "diff_instruct_star": "sdxl"}[method]
         config = parse_config(kind, presets, [*flags, *more, "--preset", preset, "--batch-size", str(samples), "--precision", "bf16",
                                               "--device", "cpu"], "")
-        with empty_networks():
+        with processes_that_share(processes), empty_networks():
             parts, networks, run = parts_of(config, folder)
         run.device = torch.device("cpu")  # whose autocast the rules follow
         optimizers = list(run.parts.values())
         with torch.device("meta"):
-            cost = common.cost_of_step(run, {}, optimizers, parts["step"], {0: 1.0}, torch.device("meta"))
-        trained = sum(p.nbytes for o in optimizers for group in o.param_groups for p in group["params"])
+            cost = common.cost_of_step(run, networks, optimizers, parts["step"], {0: 1.0}, torch.device("meta"))
+        trained = sum(common.part_here(p).nbytes for o in optimizers for group in o.param_groups for p in group["params"])
         states = common.held_bytes(torch.device("meta")) + 3 * trained  # a gradient and two moments
     return cost["memory_GB"], states / 2**30, cost["TFLOP"]
 
@@ -175,8 +195,11 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="default: all")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 4], help="samples at once on one GPU, --micro-batch")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs that share the states by --shard; the figures are of each")
     parser.add_argument("--json", help="write the figures to this file too")
     args = parser.parse_args(argv)
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes}: must be at least 1")
     if unknown := set(args.arms) - set(ARMS):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
     common.RAISED_ON.add("cpu")  # a GPU is meant
@@ -186,7 +209,7 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         for arm in args.arms:
             for samples in args.samples:
-                (plain, states, flop), (less, *_) = (memory_of(arm, samples, c, f"{folder}/run") for c in (False, True))
+                (plain, states, flop), (less, *_) = (memory_of(arm, samples, c, f"{folder}/run", args.processes) for c in (False, True))
                 rows.append(dict(arm=arm, samples=samples, states_GB=states, step_GB=plain, checkpointing_GB=less, TFLOP=flop / samples))
                 print(f"| {arm} | {samples} | {states:.0f} | {plain:.0f} | {less:.0f} | {flop / samples:.1f} |", flush=True)
     if args.json:
