@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import flop_registry
@@ -1409,27 +1409,52 @@ def device_rules(device):
 
 
 @contextmanager
-def ungathered(networks):
-    """Inside the with block sharded networks gather nothing, for the ghosts of their weights are whole.
+def shared_out(networks, memory):
+    """Inside the with block sharded networks, whose weights' ghosts are whole, exchange nothing but hold what FSDP would.
 
-    Yields the bytes that one of them would have gathered at a time: what belongs to no block, and the two largest blocks, the
-    second fetched while the first computes.
+    A block's weights lie there twice when they arrive, once while it is called. In the backward pass its gradients are whole, beside the
+    weights, until the last one is there; then a part of each stays. Yields what takes a trained weight, its gradient whole.
     """
-    most, kept = 0, []
-    for network in set(networks):
-        sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
-        whole, *blocks = [sum(p.nbytes for p in m.parameters() if isinstance(p, DTensor)) for m in sharded] or [0]
-        most = max(most, whole - sum(sorted(blocks)[:-2]))
-        kept += [(hooks, dict(hooks)) for module in sharded for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-        for module, state in zip(sharded, map(fully_shard.state, sharded)):
-            del module._forward_pre_hooks[state._pre_forward_hook_handle.id]
-            del module._forward_hooks[state._post_forward_hook_handle.id]
+    kept, hooks, held, blocks = [], [], {}, {}
+    some = lambda size: torch.empty(size, dtype=torch.uint8, device="meta")
+
+    def gather(module, size):
+        """Weights arrive, and are copied to where they are used."""
+        arriving = some(2 * size)
+        del arriving
+        held[module] = [some(size)]
+
+    def arrive(p):
+        """A gradient is whole; with the last one of its block each becomes a part."""
+        module, trained, size = blocks[p]
+        if module not in held:
+            held[module] = [some(size)]
+        held[module].append(p.grad)
+        with _disable_current_modes():
+            p.grad = memory.count(torch.empty_like(p))
+        if len(held[module]) > trained:
+            del held[module]
+
     try:
-        yield most
+        for module in {m for network in networks for m in network.modules() if isinstance(m, FSDPModule)}:
+            state = fully_shard.state(module)
+            for all_hooks, handle in ((module._forward_pre_hooks, state._pre_forward_hook_handle),
+                                      (module._forward_hooks, state._post_forward_hook_handle)):
+                kept.append((all_hooks, dict(all_hooks)))
+                all_hooks.pop(handle.id, None)
+            inside = {p for m in module.modules() if m is not module and isinstance(m, FSDPModule) for p in m.parameters()}
+            own = [p for p in module.parameters() if isinstance(p, DTensor) and p not in inside]
+            size, trained = sum(p.nbytes for p in own), sum(p.requires_grad for p in own)
+            blocks |= {p: (module, trained, size) for p in own}
+            hooks.append(module.register_forward_pre_hook(lambda module, _, size=size: gather(module, size)))
+            hooks.append(module.register_forward_hook(lambda module, *_: held.pop(module, None) and None))
+        yield arrive
     finally:
-        for hooks, before in kept:
-            hooks.clear()
-            hooks.update(before)
+        for hook in hooks:
+            hook.remove()
+        for all_hooks, before in kept:
+            all_hooks.clear()
+            all_hooks.update(before)
 
 
 def held_bytes(device):
@@ -1454,7 +1479,7 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
     held, memory = held_bytes(device or run.device), (ghosts := Ghosts()).memory
     trained = list({id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}.values())
     moments = sum(2 * part_here(p).nbytes for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state)
-    calls, units, hooks, share = {name: [0, 0] for name in networks}, dict.fromkeys(networks, 0), [], [0.0]
+    calls, units, hooks, share, arrive = {name: [0, 0] for name in networks}, dict.fromkeys(networks, 0), [], [0.0], [None]
 
     def counted(name):
         """A hook that counts the calls of a network."""
@@ -1471,17 +1496,16 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
     for twin in twins:
         memory.seen.add(part_here(twin).untyped_storage())
         twin.grad = memory.count(torch.empty_like(twin))  # the gradients that the step before has left
+        if isinstance(twin, DTensor):
+            hooks.append(twin.register_post_accumulate_grad_hook(lambda p: arrive[0](p)))
     swap = lambda: [torch.utils.swap_tensors(p, twin) for p, twin in zip(trained, twins)]
     flop = 0
     swap()
     try:
         for optimizer in optimizers:
             optimizer.step = lambda: None
-        # Of a sharded weight's gradient only this process's part stays.
-        parts = {p: p.grad for p in trained if isinstance(p, DTensor)}
-        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", parts[p])) for p in parts]
         hooks += [network.register_forward_pre_hook(counted(name), with_kwargs=True) for name, network in networks.items()]
-        with torch.compiler.set_stance("force_eager"), ungathered(networks.values()) as gathered, ghosts, device_rules(run.device):
+        with torch.compiler.set_stance("force_eager"), shared_out(networks.values(), memory) as arrive[0], ghosts, device_rules(run.device):
             for iteration, share[0] in iterations.items():
                 before = ghosts.flop
                 step(iteration)
@@ -1498,7 +1522,7 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
         swap()
     return dict(parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
                 trained=sum(p.numel() for p in trained), calls=calls, units=units, TFLOP=flop / 1e12,
-                memory_GB=(held + moments + memory.peak + gathered) / 2**30)
+                memory_GB=(held + moments + memory.peak) / 2**30)
 
 
 def matmul_rate(device, precision):

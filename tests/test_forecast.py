@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 import common
 import diff_instruct_star
+import ladder
 import swiftbrush_v2
 import tiny
 import yoso
@@ -58,6 +59,36 @@ def test_the_forecast_holds(line, model, tmp_path):
         with FlopCounterMode(display=False) as flops:
             parts["step"]()
         assert cost["TFLOP"] == pytest.approx(flops.get_total_flops() / 1e12, rel=1e-6)
+
+
+@pytest.mark.parametrize("line", [
+    "yoso_t2i --rank 4 --micro-batch 2", pytest.param("swiftbrush_v2 --stage a --rank 4", marks=SLOW),
+    pytest.param("swiftbrush_v2 --stage b --rank 4 --rank-b 4", marks=SLOW),
+    pytest.param("diff_instruct_star --gradient-checkpointing", marks=SLOW), "diff_instruct_star --assistant lora --rank 4"])
+def test_a_forecast_leaves_shards_as_they_were(line, model, tmp_path):
+    """A second one says the same, before and after a step, and the work is that of a process alone."""
+    method, *argv = line.split()
+    _, kind, presets, parts_of = benchmark.METHODS[method]
+    argv += ["--model", str(model), "--preset", "shapes", "--batch-size", "4", "--shard", "--device", "cpu"]
+    config = common.parse_config(kind, presets, argv, "")
+
+    def cost(parts, networks, run):
+        others = common.held_bytes(torch.device("cpu")) / 2**30
+        cost = common.cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
+        return cost.pop("memory_GB") - others, cost
+
+    alone = cost(*parts_of(config, tmp_path / "alone"))
+    with ladder.processes_that_share(4):
+        parts, networks, run = parts_of(config, tmp_path / "one of four")
+        hooks = [(list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for n in networks.values() for m in n.modules()]
+        first, second = (cost(parts, networks, run) for _ in range(2))
+        assert hooks == [(list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for n in networks.values() for m in n.modules()]
+        parts["step"]()
+        for optimizer in run.parts.values():
+            optimizer.state.clear()  # or the moments would count among the others
+        third = cost(parts, networks, run)
+    assert first == second and third[1] == first[1] == alone[1]
+    assert third[0] == pytest.approx(first[0], rel=0.01)
 
 
 @pytest.mark.parametrize("line, calls, units", [

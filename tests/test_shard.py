@@ -26,7 +26,7 @@ RUNS = {
     "full": (diff_instruct_star, ["--iterations", 2, "--warmup", 1, "--assistant-warmup", 1, *DISTILL]),
     "lora": (diff_instruct_star, ["--iterations", 2, "--warmup", 1, "--assistant-warmup", 1, "--assistant", "lora", "--gradient-checkpointing",
                                   *DISTILL]),
-    "yoso": (yoso, ["--iterations", 3, "--prior-num", 8]),
+    "yoso": (yoso, ["--iterations", 3, "--prior-num", 8, "--micro-batch", 1, "--gradient-checkpointing"]),
     "yoso-lora": (yoso, ["--iterations", 3, "--prior-num", 8, "--adapt", "--adapt-iterations", 3, "--rank", 4]),
 }
 
@@ -57,6 +57,7 @@ class Held(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.peak, self.operations, self.storages = 0, 0, weakref.WeakSet()
+        gc.collect()
         for thing in gc.get_objects():
             if issubclass(type(thing), torch.Tensor):
                 self.see(thing)
@@ -135,7 +136,7 @@ def test_sharded_equals_one_process(models, tmp_path, name):
     if name in ("full", "yoso"):
         assert max(shares) < 0.55
     forecasts = [json.loads(path.read_text())["memory_GB"] * 2**30 for path in (tmp_path / "two").rglob("forecast.json")]
-    assert max(peaks) < max(forecasts) < 1.15 * max(peaks)
+    assert max(forecasts) == pytest.approx(max(peaks), rel=0.1)
     RUNS[name][0].main(flags(name, models, tmp_path / "one"))
     stages = [path.parent.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("checkpoint")]
     assert stages

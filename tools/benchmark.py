@@ -415,7 +415,7 @@ def main(argv):
     parser.add_argument("--json", help="write the report to this file too")
     parser.add_argument("--processes", type=int, default=0, help="only how the rate scales to that many processes, one thread each")
     parser.add_argument("--only-rate", action="store_true", help="print only the images a second, also under torchrun")
-    parser.add_argument("--apart", action="store_true", help="with --only-rate: exchange nothing between the processes")
+    parser.add_argument("--apart", action="store_true", help="with --only-rate: exchange no gradients between the processes")
     args, rest = parser.parse_known_args(argv)
     script, config_class, presets, parts_of = METHODS[args.method]
     if args.repeats < 1:

@@ -153,7 +153,7 @@ def empty_networks():
 
 @contextmanager
 def processes_that_share(number):
-    """Inside the with block this is the first of so many processes, the others of which do not exist."""
+    """Inside the with block this is the first of so many processes, the others of which do not exist (as in torch's own tests)."""
     if number > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
     try:
