@@ -1413,7 +1413,8 @@ def shared_out(networks, memory):
     """Inside the with block sharded networks, whose weights' ghosts are whole, exchange nothing but hold what FSDP would.
 
     A block's weights lie there twice when they arrive, once while it is called. In the backward pass its gradients are whole, beside the
-    weights, until the last one is there; then a part of each stays. Yields what takes a trained weight, its gradient whole.
+    weights, until the last one is there; then a copy is sent, which stays until the next block's, and a part of each gradient. Yields
+    what takes a trained weight, its gradient whole.
     """
     kept, hooks, held, blocks = [], [], {}, {}
     some = lambda size: torch.empty(size, dtype=torch.uint8, device="meta")
@@ -1422,7 +1423,7 @@ def shared_out(networks, memory):
         """Weights arrive, and are copied to where they are used."""
         arriving = some(2 * size)
         del arriving
-        held[module] = [some(size)]
+        held[module], held["sent"] = [some(size)], None
 
     def arrive(p):
         """A gradient is whole; with the last one of its block each becomes a part."""
@@ -1433,6 +1434,8 @@ def shared_out(networks, memory):
         with _disable_current_modes():
             p.grad = memory.count(torch.empty_like(p))
         if len(held[module]) > trained:
+            held[module][0] = held["sent"] = None
+            held["sent"] = some(size)
             del held[module]
 
     try:
