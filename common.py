@@ -1409,7 +1409,7 @@ def device_rules(device):
 
 
 @contextmanager
-def shared_out(networks, memory):
+def sharding_rules(networks, memory):
     """Inside the with block sharded networks, whose weights' ghosts are whole, exchange nothing but hold what FSDP would.
 
     A block's weights lie there twice when they arrive, once while it is called. In the backward pass its gradients are whole, beside the
@@ -1508,7 +1508,7 @@ def cost_of_step(run, networks, optimizers, step, iterations, device=None):
         for optimizer in optimizers:
             optimizer.step = lambda: None
         hooks += [network.register_forward_pre_hook(counted(name), with_kwargs=True) for name, network in networks.items()]
-        with torch.compiler.set_stance("force_eager"), shared_out(networks.values(), memory) as arrive[0], ghosts, device_rules(run.device):
+        with torch.compiler.set_stance("force_eager"), sharding_rules(networks.values(), memory) as arrive[0], ghosts, device_rules(run.device):
             for iteration, share[0] in iterations.items():
                 before = ghosts.flop
                 step(iteration)
