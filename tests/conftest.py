@@ -14,6 +14,22 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two processes, if -n says nothing else (0 for a debugger); a file's tests stay in one, for they share its models.
+
+    The files come in their own order: by size test_shard.py would be last, alone.
+    """
+    if config.option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.option.numprocesses, config.option.dist, config.option.loadscopereorder = 2, "loadfile", False
+
+
+def pytest_configure(config):
+    """Slow tests only run when they are asked for: python -m pytest -m "slow or not slow"."""
+    config.addinivalue_line("markers", "slow: more of what a quick test has shown")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
