@@ -38,11 +38,30 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common import (EMA, LORA_TARGETS, Denoiser, Run, UserError, Weights, add_lora, agreed, cache_conditions, check_targets,
-                    choose_device, chunks_of, convert, dense_copy, draw_many_steps, draw_samples, enable_checkpointing,
-                    export_student, flag, load, load_decoder, load_scorer, load_teacher, mean_of, one_step, parse_config,
-                    part_of, prompts_of, read_config, run_command, save_grid, shard, start_processes, starting_student)
-
+from common import (
+    EMA,
+    LORA_TARGETS,
+    Denoiser,
+    UserError,
+    Weights,
+    add_lora,
+    check_targets,
+    chunks_of,
+    draw_many_steps,
+    draw_samples,
+    enable_checkpointing,
+    load,
+    load_decoder,
+    load_scorer,
+    one_step,
+    part_of,
+)
+from plumbing.cache import cache_conditions
+from plumbing.cli import flag, parse_config, read_config, run_command
+from plumbing.data import agreed, prompts_of, save_grid
+from plumbing.run import Run, choose_device, mean_of, start_processes
+from plumbing.shard import shard
+from plumbing.students import convert, dense_copy, export_student, load_teacher, starting_student
 
 # Configuration: the defaults are the paper's SDXL run; a preset changes what it names
 
@@ -416,8 +435,6 @@ def train_student(run, config, teacher, codec, start, prompts, rewards_of):
             ema.update()
         return losses
 
-    run.forecast(dict(student=student.net, reference=teacher.net, assistant=assistant.net),
-                 lambda iteration: step(iteration, prompts[:1] * size))
     for iteration, y in enumerate(run.prompts(prompts), run.start):
         if iteration == rewarded and run.shows:
             with ema.applied():

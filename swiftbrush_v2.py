@@ -42,13 +42,45 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from common import (EMA, FREE_FLAGS, LORA_TARGETS, Denoiser, Draws, NoiseSchedule, Run, UserError, Weights, add_lora,
-                    cache_conditions, check_targets, choose_device, chunk_for, claim_folder, class_of, convert, ddim_sample, dense_copy,
-                    draw_many_steps, draw_samples, enable_checkpointing, export_one_step, export_student, flag, fold_lora,
-                    latest_checkpoint, load, load_dataset, load_decoder, load_distance, load_scorer, load_teacher, map_cond, mean_of,
-                    one_step, parse_config, part_of, prompts_of, read_config, remove_lora, run_command, sample_order, save_grid, shard,
-                    start_processes, starting_student, to_floats)
-
+from common import (
+    EMA,
+    LORA_TARGETS,
+    Denoiser,
+    Draws,
+    NoiseSchedule,
+    UserError,
+    Weights,
+    add_lora,
+    check_targets,
+    chunk_for,
+    ddim_sample,
+    draw_many_steps,
+    draw_samples,
+    enable_checkpointing,
+    load,
+    load_decoder,
+    load_distance,
+    load_scorer,
+    map_cond,
+    one_step,
+    part_of,
+    remove_lora,
+)
+from plumbing.cache import cache_conditions
+from plumbing.checkpoint import latest_checkpoint
+from plumbing.cli import flag, parse_config, read_config, run_command
+from plumbing.data import claim_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats
+from plumbing.run import FREE_FLAGS, Run, choose_device, mean_of, start_processes
+from plumbing.shard import class_of, shard
+from plumbing.students import (
+    convert,
+    dense_copy,
+    export_one_step,
+    export_student,
+    fold_lora,
+    load_teacher,
+    starting_student,
+)
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
 
@@ -430,8 +462,6 @@ def train_student(stage, config, teacher, codec, start, prompts, image_losses, p
         ema.update()  # 5.
         return losses
 
-    run.forecast(dict(student=student.net, teachers=teacher.net), lambda iteration: step(iteration, prompts[:1] * size),
-                 {0: 1 / config.regularise_every, 1: 1 - 1 / config.regularise_every} if pair_loss else None)
     for iteration, y in enumerate(run.prompts(prompts), run.start):
         losses = step(iteration, y)
         if (iteration + 1) % config.sample_every == 0 and run.shows:

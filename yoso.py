@@ -58,13 +58,42 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from common import (EMA, FREE_FLAGS, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, Run, UserError, Weights,
-                    add_lora, agreed, cache_conditions, cache_latents, choose_device, chunk_for, claim_folder, ddgan_betas,
-                    dense_copy, draw_many_steps, enable_checkpointing, export_one_step, export_student, flag, fold_lora, load,
-                    load_dataset, load_distance, map_cond, mean_of, parse_config, part_of, prompts_of, read_checkpoint,
-                    read_config, run_command, sample_order, save_grid, shard, squared_distance, start_processes, to_floats,
-                    write_text)
-
+from common import (
+    EMA,
+    Denoiser,
+    Draws,
+    HalfUNet,
+    InformativePrior,
+    NoiseSchedule,
+    UserError,
+    Weights,
+    add_lora,
+    chunk_for,
+    ddgan_betas,
+    draw_many_steps,
+    enable_checkpointing,
+    load,
+    load_distance,
+    map_cond,
+    part_of,
+    squared_distance,
+)
+from plumbing.cache import cache_conditions, cache_latents
+from plumbing.checkpoint import read_checkpoint
+from plumbing.cli import flag, parse_config, read_config, run_command
+from plumbing.data import (
+    agreed,
+    claim_folder,
+    load_dataset,
+    prompts_of,
+    sample_order,
+    save_grid,
+    to_floats,
+    write_text,
+)
+from plumbing.run import FREE_FLAGS, Run, choose_device, mean_of, start_processes
+from plumbing.shard import shard
+from plumbing.students import dense_copy, export_one_step, export_student, fold_lora
 
 # Configuration: the defaults are the paper's CIFAR-10 run, and below its fine-tuning of SD 1.5; a preset changes what it names
 
@@ -723,9 +752,6 @@ def train(config):
         ema.update()  # 6.
         return losses
 
-    x0 = torch.zeros(run.rows.stop - run.rows.start, 3, config.image_size, config.image_size, device=run.device)
-    run.forecast(dict(generator=generator, discriminator=discriminator), lambda iteration: step(iteration, x0),
-                 {0: 1 / config.r1_every, 1: 1 - 1 / config.r1_every} if config.r1 else None)
     for iteration, (x0, _) in enumerate(run.batches(dataset), run.start):
         remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
         for optimizer, lr in ((optimizer_g, config.lr), (optimizer_d, config.lr_d)):
@@ -960,10 +986,6 @@ def train_pretrained(run, config, start, codec, features, discriminator, codec_d
         ema.update()  # 6.
         return losses
 
-    n = run.rows.stop - run.rows.start
-    pictures = torch.zeros(n, *dataset[0]["image"].shape, device=run.device)
-    run.forecast(dict(generator=generator.net, discriminator=discriminator, features=features),
-                 lambda iteration: step(iteration, pictures, captions[:1] * n))
     for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
         losses = step(iteration, pictures, texts)
         if (iteration + 1) % config.sample_every == 0 and run.shows:

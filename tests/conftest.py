@@ -33,11 +33,3 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def no_forecast(request, monkeypatch):
-    """Runs inside the test process say nothing of their cost, which takes a second each; tests/test_forecast.py has it."""
-    from common import Run
-    if request.module.__name__ != "test_forecast":
-        monkeypatch.setattr(Run, "forecast", lambda *_: None)

@@ -2,16 +2,17 @@
 
 import json
 
+import evaluate
+import pretrain
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel
 
-import evaluate
-import pretrain
-from common import Draws, Shapes, UserError, ddim_sample, load
-from conftest import ROOT
+from common import Draws, UserError, ddim_sample, load
+from plumbing.shapes import Shapes
 
 TEACHER_GUIDANCE = 2.0  # its best, see the README
 ASSETS = ROOT / "assets"

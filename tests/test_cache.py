@@ -1,45 +1,50 @@
 """Latents and conditions that are computed once."""
 
+import json
+
 import pytest
+import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import common
-import tiny
+import plumbing.cache
+import plumbing.data
+import plumbing.shapes
 import yoso
 
 PROMPTS = ["a red circle", "a blue square on white", "", "a circle", "a red circle", "a square"]
 
 
 def tree(cond):
-    return {key: value.shape for key, value in common.flat_cond(cond).items()}, set(cond)
+    return {key: value.shape for key, value in plumbing.cache.flat_cond(cond).items()}, set(cond)
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart])
 def test_conditions_come_from_the_cache(make, tmp_path, monkeypatch):
     """The same to float16, in any order, the empty one too, without a text encoder."""
-    monkeypatch.setattr(common, "CACHED", 2)
+    monkeypatch.setattr(plumbing.cache, "CACHED", 2)
     make().save_pretrained(tmp_path / "model")
     _, codec = common.load(tmp_path / "model")
     asked = PROMPTS[::-1]
     before, null = codec.cond(asked), codec.null(3)
-    common.cache_conditions(codec, PROMPTS, tmp_path / "cache", dict(model="m"))
+    plumbing.cache.cache_conditions(codec, PROMPTS, tmp_path / "cache", dict(model="m"))
     with monkeypatch.context() as patch:
         patch.setattr(type(codec.pipe), "encode_prompt", None)
         after = codec.cond(asked), codec.null(3)
     for computed, cached in zip((before, null), after):
         assert tree(computed) == tree(cached)
-        for key, value in common.flat_cond(computed).items():
-            torch.testing.assert_close(common.flat_cond(cached)[key], value.float(), atol=1e-3, rtol=1e-3)
+        for key, value in plumbing.cache.flat_cond(computed).items():
+            torch.testing.assert_close(plumbing.cache.flat_cond(cached)[key], value.float(), atol=1e-3, rtol=1e-3)
     assert len(list((tmp_path / "cache").glob("conditions-*.safetensors"))) == 3, "five different prompts, two a file"
     with pytest.raises(common.UserError, match="made with other flags"):
-        common.cache_conditions(common.load(tmp_path / "model")[1], PROMPTS[1:3], tmp_path / "cache", dict(model="m"))
+        plumbing.cache.cache_conditions(common.load(tmp_path / "model")[1], PROMPTS[1:3], tmp_path / "cache", dict(model="m"))
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    shapes = common.Shapes(16)
+    shapes = plumbing.shapes.Shapes(16)
     (tmp_path / "pictures").mkdir()
     for i, sample in enumerate(shapes.__getitems__(range(7))):
         Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(tmp_path / "pictures" / f"{i}.png")
@@ -50,26 +55,26 @@ def pictures(tmp_path):
 
 def test_latents_come_from_the_cache(pictures, tmp_path, monkeypatch, capsys):
     """The VAE's means to float16 with their captions; a second start encodes nothing; an unreadable picture is named."""
-    monkeypatch.setattr(common, "CACHED", 3)
+    monkeypatch.setattr(plumbing.cache, "CACHED", 3)
     tiny.sd().save_pretrained(tmp_path / "model")
     _, codec = common.load(tmp_path / "model")
-    dataset = common.load_dataset(str(pictures), codec.picture_size)
-    latents = common.cache_latents(codec, dataset, tmp_path / "cache", {})
+    dataset = plumbing.data.load_dataset(str(pictures), codec.picture_size)
+    latents = plumbing.cache.cache_latents(codec, dataset, tmp_path / "cache", {})
     assert "3.png" in capsys.readouterr().err and len(latents) == 7
     for i in range(7):
-        x0 = codec.encode(common.to_floats(dataset[i]["image"][None]))[0]
+        x0 = codec.encode(plumbing.data.to_floats(dataset[i]["image"][None]))[0]
         torch.testing.assert_close(latents[i]["image"], x0.detach(), atol=1e-3, rtol=1e-3)
         assert latents[i]["caption"] == dataset[i]["caption"]
         assert codec.encode(latents[i]["image"][None]) is not None and torch.equal(codec.encode(x0[None]), x0[None])
     monkeypatch.setattr(codec, "encode", None)
-    assert torch.equal(common.cache_latents(codec, dataset, tmp_path / "cache", {})[6]["image"], latents[6]["image"])
+    assert torch.equal(plumbing.cache.cache_latents(codec, dataset, tmp_path / "cache", {})[6]["image"], latents[6]["image"])
     with pytest.raises(common.UserError, match="made with other flags"):
-        common.cache_latents(codec, dataset, tmp_path / "cache", dict(model="another"))
+        plumbing.cache.cache_latents(codec, dataset, tmp_path / "cache", dict(model="another"))
     (pictures / "5.txt").write_text("another caption")
     with pytest.raises(common.UserError, match="state of the files"):
-        common.cache_latents(codec, common.load_dataset(str(pictures), 16), tmp_path / "cache", {})
-    endless = common.load_dataset("shapes", 16)
-    assert common.cache_latents(codec, endless, tmp_path / "none", {}) is endless
+        plumbing.cache.cache_latents(codec, plumbing.data.load_dataset(str(pictures), 16), tmp_path / "cache", {})
+    endless = plumbing.data.load_dataset("shapes", 16)
+    assert plumbing.cache.cache_latents(codec, endless, tmp_path / "none", {}) is endless
 
 
 def test_a_fine_tune_on_the_cache(pictures, tmp_path, monkeypatch):
@@ -80,7 +85,7 @@ def test_a_fine_tune_on_the_cache(pictures, tmp_path, monkeypatch):
     logs = []
     for name, more in (("plain", []), ("cached", ["--cache-latents"])):
         yoso.main([*argv, str(tmp_path / name), *more])
-        logs.append([common.json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+        logs.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
     for plain, cached in zip(*logs):
         assert all(cached[key] == pytest.approx(plain[key], rel=2e-2, abs=2e-3) for key in ("L_D", "L_rec", "L_con", "L_adv"))
     states = [StableDiffusionPipeline.from_pretrained(tmp_path / name / "pipeline").text_encoder.state_dict() for name in ("plain", "cached")]

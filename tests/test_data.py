@@ -7,11 +7,13 @@ import tarfile
 
 import pytest
 import torch
+from evaluate import read_shapes, shapes_report
 from PIL import Image
 
-import common
-from common import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes, UserError, load_dataset, sample_order
-from evaluate import read_shapes, shapes_report
+import plumbing.shapes
+from common import UserError
+from plumbing.data import load_dataset, sample_order
+from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes
 
 ATTRIBUTES = ("colour", "background", "shape", "scale")
 
@@ -40,7 +42,7 @@ def test_shapes_cover_every_combination_evenly():
 def test_a_drawing_has_the_area_and_place_its_rule_says():
     size, radius = 64, SIZES["large"][1]
     for shape in range(len(SHAPES)):
-        mask = common.coverage(torch.tensor([shape]), torch.tensor([radius]), torch.tensor([0.47]), torch.tensor([0.52]), size)[0]
+        mask = plumbing.shapes.coverage(torch.tensor([shape]), torch.tensor([radius]), torch.tensor([0.47]), torch.tensor([0.52]), size)[0]
         assert mask.sum().item() / size**2 == pytest.approx(torch.pi * radius**2, rel=0.02)
         assert (mask.sum(0) * torch.arange(size)).sum() / mask.sum() == pytest.approx(0.47 * size - 0.5, abs=0.1)
         rows = (mask.sum(1) > 0.5).nonzero().flatten()
@@ -145,7 +147,7 @@ def test_captions_alone(tmp_path, monkeypatch):
     dataset = load_dataset(str(tmp_path), 8)
     (tmp_path / "cat" / "0.txt").write_text("a big cat\n")
     worded = load_dataset(str(tmp_path), 8)
-    monkeypatch.setattr(common.Image, "open", None)
+    monkeypatch.setattr(plumbing.data.Image, "open", None)
     assert dataset.all_captions() == ["cat", "dog"] and worded.all_captions() == ["a big cat", "cat", "dog"]
 
 

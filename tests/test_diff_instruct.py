@@ -1,5 +1,6 @@
 """Diff-Instruct*: closed forms D1-D10 of its losses on one-dimensional Gaussians, and the real command on tiny pipelines."""
 
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -7,17 +8,21 @@ import sys
 import types
 
 import pytest
+import tiny
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from test_run import equal
+from test_swiftbrush import ALPHA, MU, SIGMA, A, B, M, S, quadrature
 
 import common
 import diff_instruct_star as di
-import tiny
-from common import Denoiser, UserError, add_lora, dense_copy, load, one_step
-from conftest import ROOT
-from test_run import equal
-from test_swiftbrush import A, ALPHA, B, M, MU, S, SIGMA, quadrature
+import plumbing.checkpoint
+import plumbing.cli
+import plumbing.run
+from common import Denoiser, UserError, add_lora, load, one_step
+from plumbing.students import dense_copy
 
 B_NULL = ALPHA**2 * 4 + SIGMA**2  # the null condition's data are N(0, 4)
 
@@ -210,7 +215,7 @@ def weights(folder):
 
 
 def state(out):
-    return common.read_checkpoint(out / "checkpoint")["state"]
+    return plumbing.checkpoint.read_checkpoint(out / "checkpoint")["state"]
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +248,7 @@ def test_the_run(models, finished, capsys):
 
 def build(models, *more, seed=1):
     """What one update needs, with an assistant that is not the reference: a dict of student_step's arguments, and of the networks."""
-    config = common.parse_config(di.Config, di.PRESETS, [str(f) for f in flags(models, "unused", "--prediction", "epsilon", *more)], "")
+    config = plumbing.cli.parse_config(di.Config, di.PRESETS, [str(f) for f in flags(models, "unused", "--prediction", "epsilon", *more)], "")
     reference, codec = load(models / "sd")
     torch.manual_seed(seed)
     net = dense_copy(reference.net, reference.net.state_dict(), "cpu").requires_grad_(True)
@@ -263,7 +268,7 @@ def build(models, *more, seed=1):
     y, none = ["a red circle", "a blue square", "a", "on white"], torch.optim.SGD([torch.zeros(1)], 1.0)
     scorers = {name: common.load_scorer(getattr(config, name)) for name in ("reward", "probe")}
     theta, cond = common.Weights(net.named_parameters()), codec.cond(y)
-    step = dict(iteration=0, prompts=y, cond=cond, null=codec.null(4), run=common.Run(config), config=config, shape=codec.shape, student=student,
+    step = dict(iteration=0, prompts=y, cond=cond, null=codec.null(4), run=plumbing.run.Run(config), config=config, shape=codec.shape, student=student,
                 reference=reference, assistant=assistant, rewards_of=di.make_rewards(codec.decode, scorers), alpha_rew=config.alpha_rew,
                 parameters=theta, frozen=psi.values(), optimizer=none)
     return step, dict(theta=theta, psi=psi, reference=reference, student=student, assistant=assistant, codec=codec, cond=cond, none=none)
@@ -368,7 +373,7 @@ def test_two_processes_equal_one(models, tmp_path):
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch, at):
     """Stopped in the assistant's warm-up, before the reward, or with it: the same command ends with the same weights."""
-    finish = common.Run.finish_iteration
+    finish = plumbing.run.Run.finish_iteration
 
     def stop(self, iteration, losses):
         if self.out.name == "out" and iteration + 1 == at:
@@ -376,7 +381,7 @@ def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch,
         return finish(self, iteration, losses)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(common.Run, "finish_iteration", stop)
+        patched.setattr(plumbing.run.Run, "finish_iteration", stop)
         run(flags(models, tmp_path / "out"))
     run(flags(models, tmp_path / "out"))
     assert equal(state(tmp_path / "out"), state(finished))
@@ -425,7 +430,7 @@ def test_where_the_student_starts(models, finished, tmp_path, monkeypatch, capsy
     (tmp_path / di.SWIFTBRUSH).mkdir(parents=True)
     found = di.resolve_start(config)
     assert (found.student, found.warmup, found.iterations) == (di.SWIFTBRUSH, 0, 7)
-    assert di.resolve_start(common.dataclasses.replace(config, model="other")).student == ""
+    assert di.resolve_start(dataclasses.replace(config, model="other")).student == ""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text(json.dumps(dict(student="")))
     assert di.resolve_start(config).student == "" and di.resolve_start(config).warmup == 7
@@ -451,7 +456,7 @@ def test_sample_command(finished, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, preset", [
     ([], "shapes"), (["--model", "stabilityai/stable-diffusion-xl-base-1.0"], "sdxl"), (["--dataset", "cifar10"], "cifar10")])
 def test_a_real_model_does_not_get_the_mini_models_rates(arguments, preset):
-    assert common.parse_config(di.Config, di.PRESETS, arguments, "", di.preset_of).preset == preset
+    assert plumbing.cli.parse_config(di.Config, di.PRESETS, arguments, "", di.preset_of).preset == preset
 
 
 def test_wrong_input(models, tmp_path):

@@ -2,16 +2,19 @@
 
 import json
 
+import benchmark
+import forecast
+import ladder
 import pytest
+import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
-import common
 import diff_instruct_star
-import ladder
+import plumbing.checkpoint
+import plumbing.cli
+import plumbing.run
 import swiftbrush_v2
-import tiny
 import yoso
 
 SLOW = pytest.mark.slow
@@ -44,14 +47,14 @@ def test_the_forecast_holds(line, model, tmp_path):
     if method != "yoso":
         argv += ["--model", str(model), "--preset", "shapes"]
     _, kind, presets, parts_of = benchmark.METHODS[method]
-    config = common.parse_config(kind, presets, [*argv, "--device", "cpu"], "")
+    config = plumbing.cli.parse_config(kind, presets, [*argv, "--device", "cpu"], "")
     measured = benchmark.peak_of_steps(parts_of, config, tmp_path / "measured") / 2**30
-    others = common.held_bytes(torch.device("cpu")) / 2**30
+    others = forecast.held_bytes(torch.device("cpu")) / 2**30
     parts, networks, run = parts_of(config, tmp_path / "run")
     optimizers = list(run.parts.values())
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     before = [p.detach().double() for p in trained]
-    cost = common.cost_of_step(run, networks, optimizers, parts["step"], {0: 1.0})
+    cost = forecast.cost_of_step(run, networks, optimizers, parts["step"], {0: 1.0})
     assert cost["memory_GB"] - others - sum(b.nbytes for b in before) / 2**30 == pytest.approx(measured, rel=0.15)
     assert all(torch.equal(b, p) and p.device.type == "cpu" and p.grad is None and p.requires_grad for b, p in zip(before, trained))
     assert not any(o.state for o in optimizers) and (cost["trained"], run.world) == (sum(p.numel() for p in trained), 1)
@@ -70,11 +73,11 @@ def test_a_forecast_leaves_shards_as_they_were(line, model, tmp_path):
     method, *argv = line.split()
     _, kind, presets, parts_of = benchmark.METHODS[method]
     argv += ["--model", str(model), "--preset", "shapes", "--batch-size", "4", "--shard", "--device", "cpu"]
-    config = common.parse_config(kind, presets, argv, "")
+    config = plumbing.cli.parse_config(kind, presets, argv, "")
 
     def cost(parts, networks, run):
-        others = common.held_bytes(torch.device("cpu")) / 2**30
-        cost = common.cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
+        others = forecast.held_bytes(torch.device("cpu")) / 2**30
+        cost = forecast.cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
         return cost.pop("memory_GB") - others, cost
 
     alone = cost(*parts_of(config, tmp_path / "alone"))
@@ -102,10 +105,10 @@ def test_the_calls_of_a_step(line, calls, units, model, tmp_path):
     if method != "yoso":
         argv += ["--model", str(model), "--preset", "shapes"]
     _, kind, presets, parts_of = benchmark.METHODS[method]
-    parts, networks, run = parts_of(common.parse_config(kind, presets, [*argv, "--device", "cpu"], ""), tmp_path)
+    parts, networks, run = parts_of(plumbing.cli.parse_config(kind, presets, [*argv, "--device", "cpu"], ""), tmp_path)
     shared = {} if method != "swiftbrush_v2" else {"lora_teacher": networks.pop("lora_teacher")}
     assert all(network is networks["teacher"] for network in shared.values())
-    cost = common.cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
+    cost = forecast.cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
     assert cost["calls"] == {name: calls[name] for name in networks} and list(cost["units"].values()) == units[:len(networks)]
 
 
@@ -135,13 +138,13 @@ def models(tmp_path_factory):
     pytest.param(diff_instruct_star, "sd", "--assistant lora --rank 4", marks=SLOW), (diff_instruct_star, "sdxl", "--cache-latents --precision bf16"),
     (diff_instruct_star, "pixart", "--divergence kl --gradient-checkpointing"), pytest.param(diff_instruct_star, "pixel", "--preset cifar10", marks=SLOW)])
 def test_every_kind_of_run_has_one(script, model, more, models, tmp_path, monkeypatch, capsys):
-    make = common.Run.forecast
+    make = plumbing.run.Run.forecast
 
     def forecast(run, *arguments):
         make(run, *arguments)
         raise Enough
 
-    monkeypatch.setattr(common.Run, "forecast", forecast)
+    monkeypatch.setattr(plumbing.run.Run, "forecast", forecast)
     argv = ["--preset", "shapes", "--model", f"{models}/{model}", "--batch-size", "4", "--iterations", "2", "--device", "cpu",
             "--out", f"{tmp_path}/out", *more.format(root=models).split()]
     if script is yoso:
@@ -174,7 +177,7 @@ def test_a_run_goes_on_without_a_forecast(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "a" / "forecast.json").exists() and len(calls) == 3
     monkeypatch.setattr(yoso, "update_generator", step)
     yoso.main([*argv, str(tmp_path / "b")])
-    a, b = (common.read_checkpoint(tmp_path / name / "checkpoint")["state"]["generator"] for name in "ab")
+    a, b = (plumbing.checkpoint.read_checkpoint(tmp_path / name / "checkpoint")["state"]["generator"] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -187,7 +190,7 @@ def test_a_run_says_what_it_will_take(tmp_path, capsys):
     assert "a step calls" in shown and "at least" in shown and cost["calls"] == dict(generator=[2, 1], discriminator=[2, 2])
     assert cost["least_hours"] == pytest.approx(2 * cost["TFLOP"] / cost["matmul_TFLOP_per_second"] / 3600, rel=1e-2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "forecast", lambda *_: None)
+        patch.setattr(plumbing.run.Run, "forecast", lambda *_: None)
         yoso.main([*argv, str(tmp_path / "b")])
-    a, b = (common.read_checkpoint(tmp_path / name / "checkpoint")["state"]["generator"] for name in "ab")
+    a, b = (plumbing.checkpoint.read_checkpoint(tmp_path / name / "checkpoint")["state"]["generator"] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)

@@ -1,11 +1,12 @@
 """The memory table of the published architectures."""
 
+import benchmark
+import forecast
+import ladder
 import pytest
 import torch
 
-import benchmark
 import common
-import ladder
 
 
 @pytest.mark.parametrize("name, parameters, text_parameters", [
@@ -30,10 +31,10 @@ def small(monkeypatch):
 
 def test_a_rung(small, tmp_path):
     """States grow with what is trained, a step with its samples, checkpointing saves; nothing of it takes memory, or stays patched."""
-    before = common.held_bytes(torch.device("cpu"))
+    before = forecast.held_bytes(torch.device("cpu"))
     (step, states, flop), (more, same, four_times), (less, *_) = (
         ladder.memory_of("SD 1.5, YOSO, LoRA", samples, less, tmp_path) for samples, less in ((2, False), (8, False), (8, True)))
-    assert common.held_bytes(torch.device("cpu")) - before < 2**24 and benchmark.load is common.load
+    assert forecast.held_bytes(torch.device("cpu")) - before < 2**24 and benchmark.load is common.load
     assert states == pytest.approx(same, rel=0.02) and states < step < more and less < more and flop * 4 == pytest.approx(four_times, rel=1e-6)
 
 

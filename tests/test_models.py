@@ -3,17 +3,35 @@
 import json
 
 import pytest
+import tiny
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, PixArtTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    LCMScheduler,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as TF
 
 import common
-import tiny
-from common import (Denoiser, HalfUNet, NoiseSchedule, UserError, add_lora, ddim_sample, enable_checkpointing, load, load_prompts, load_scorer,
-                    map_cond, use_lora)
+from common import (
+    Denoiser,
+    HalfUNet,
+    NoiseSchedule,
+    UserError,
+    add_lora,
+    ddim_sample,
+    enable_checkpointing,
+    load,
+    load_scorer,
+    map_cond,
+    use_lora,
+)
+from plumbing.data import load_prompts
 
 PROMPTS = ["a large red circle on white", "a small blue square on black"]
 BUILDERS = dict(sd=tiny.sd, sdxl=tiny.sdxl, pixart=tiny.pixart)

@@ -15,9 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+import plumbing.checkpoint
+import plumbing.cli
+import plumbing.run
 import yoso
-from common import NoiseSchedule, Run, UserError
+from common import NoiseSchedule, UserError
+from plumbing.run import Run
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "shapes", "--channels", "8", "16", "--channels-d", "8", "16", "--batch-size", "8",
@@ -25,7 +28,7 @@ TINY = ["--preset", "shapes", "--channels", "8", "16", "--channels-d", "8", "16"
 
 
 def config(out, **changes):
-    values = common.parse_config(yoso.Config, yoso.PRESETS, [*TINY, "--out", str(out)], "")
+    values = plumbing.cli.parse_config(yoso.Config, yoso.PRESETS, [*TINY, "--out", str(out)], "")
     return yoso.Config(**{**vars(values), "iterations": 4, **changes})
 
 
@@ -51,7 +54,7 @@ def equal(a, b):
 
 
 def state(out):
-    return common.read_checkpoint(out / "checkpoint")["state"]
+    return plumbing.checkpoint.read_checkpoint(out / "checkpoint")["state"]
 
 
 def metrics(out):
@@ -81,7 +84,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert [row["iteration"] for row in metrics(finished)] == list(range(2, 41, 2))
     assert json.loads((finished / "config.json").read_text())["channels"] == [8, 16]
     assert {p.name for p in (finished / "samples").iterdir()} == {"final.png", *(f"{i:07d}.png" for i in range(4, 41, 4))}
-    assert (finished / "pipeline" / "model_index.json").exists() and common.latest_checkpoint(finished / "checkpoint").name == "00000040"
+    assert (finished / "pipeline" / "model_index.json").exists() and plumbing.checkpoint.latest_checkpoint(finished / "checkpoint").name == "00000040"
     assert metrics(finished)[0]["L_D"] == pytest.approx(1.386, abs=0.02), "D starts at 2 ln 2"
 
 
@@ -97,7 +100,7 @@ def stop(process, out, number, group=False):
     (os.killpg if group else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=100)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
-    saved = common.read_checkpoint(out / "checkpoint")["iteration"]
+    saved = plumbing.checkpoint.read_checkpoint(out / "checkpoint")["iteration"]
     assert 4 <= saved < 40
     return err, saved
 
@@ -268,7 +271,7 @@ def test_latent_z_changes_the_picture(tmp_path):
 
 
 def test_cifar10_preset_has_the_papers_size():
-    c = common.parse_config(yoso.Config, yoso.PRESETS, ["--dataset", "cifar10"], "")
+    c = plumbing.cli.parse_config(yoso.Config, yoso.PRESETS, ["--dataset", "cifar10"], "")
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in net(c).parameters()) / 1e6 for net in (yoso.Generator, yoso.Discriminator)]
     assert sizes == pytest.approx([48.4, 12.7], rel=0.03)
@@ -278,8 +281,8 @@ def test_cifar10_preset_has_the_papers_size():
 RANK_SCRIPT = """
 import sys, hashlib, json, torch
 sys.path.insert(0, {root!r})
-import yoso, common
-digests, batches, finish, step = [], [], common.Run.finish_iteration, yoso.train_step
+import yoso, plumbing.run
+digests, batches, finish, step = [], [], plumbing.run.Run.finish_iteration, yoso.train_step
 def digest(tensors):
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
 def recording_step(iteration, x0, run, config, schedule, distance, generator, discriminator, *rest):
@@ -290,7 +293,6 @@ def recording_step(iteration, x0, run, config, schedule, distance, generator, di
     batches.append(digest([x0]))
     json.dump(dict(digests=digests, batches=batches, rows=len(x0)), open(f"{{sys.argv[1]}}/rank{{run.rank}}.json", "w"))
     return losses
-common.Run.forecast = lambda *_: None
 yoso.train_step = recording_step
 yoso.main(sys.argv[2:])
 """
@@ -316,13 +318,13 @@ def test_two_processes_equal_one(tmp_path):
 def test_gradients_are_exchanged_in_pieces(monkeypatch):
     """The mean over two ranks, the other one with gradients of three times the size; no piece above the limit by more than a tensor."""
     pieces = []
-    monkeypatch.setattr(common, "EXCHANGED_AT_ONCE", 10)
-    monkeypatch.setattr(common.dist, "all_reduce", lambda flat: (pieces.append(len(flat)), flat.mul_(4)))
+    monkeypatch.setattr(plumbing.run, "EXCHANGED_AT_ONCE", 10)
+    monkeypatch.setattr(plumbing.run.dist, "all_reduce", lambda flat: (pieces.append(len(flat)), flat.mul_(4)))
     parameters = [torch.zeros(size, requires_grad=True) for size in ((2, 3), (5,), (0,), (4, 7), (3,))] + [torch.zeros(9, requires_grad=True)]
     for i, p in enumerate(parameters[:-1]):
         p.grad = torch.arange(p.numel()).view(p.shape) + 100.0 * i
     own = [p.grad.clone() for p in parameters[:-1]]
-    common.Run.average_gradients(SimpleNamespace(world=2), parameters)
+    plumbing.run.Run.average_gradients(SimpleNamespace(world=2), parameters)
     for p, gradient in zip(parameters, own):
         assert torch.equal(p.grad, 2 * gradient)
     assert parameters[-1].grad is None and sum(pieces) == 42 and len(pieces) > 2 and max(pieces) <= 10 + 28
@@ -362,12 +364,12 @@ def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patched, pytest.raises(UserError, match="iteration 6 cannot be saved.*No space left"):
-        patched.setattr("common.dcp.save", full)
+        patched.setattr("plumbing.run.dcp.save", full)
         run.save(6)
-    assert common.latest_checkpoint(folder).name == "00000004"
+    assert plumbing.checkpoint.latest_checkpoint(folder).name == "00000004"
     run.save(6)
     assert [p.name for p in folder.iterdir()] == ["00000006"]
-    assert torch.equal(common.read_checkpoint(folder)["state"]["part"]["weight"], part.weight)
+    assert torch.equal(plumbing.checkpoint.read_checkpoint(folder)["state"]["part"]["weight"], part.weight)
 
 
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -379,7 +381,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(yoso, "train_step", poisoned)
     with pytest.raises(UserError, match=r"iteration 7: L_con is not finite.*checkpoint of iteration 4 is kept"):
         yoso.train(config(tmp_path, iterations=12, log_every=100))
-    assert common.read_checkpoint(tmp_path / "checkpoint")["iteration"] == 4
+    assert plumbing.checkpoint.read_checkpoint(tmp_path / "checkpoint")["iteration"] == 4
 
 
 def test_broken_pictures_are_counted_and_not_fatal(tmp_path, capsys):
@@ -397,7 +399,7 @@ def fails(monkeypatch, capsys, *flags):
     """The one line that the command prints; exit code 2."""
     monkeypatch.setattr(sys, "argv", ["yoso.py", *map(str, flags)])
     with pytest.raises(SystemExit) as stopped:
-        common.run_command(yoso.main)
+        plumbing.cli.run_command(yoso.main)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1, error
     return error
@@ -442,7 +444,7 @@ def test_another_configuration_is_refused_and_nothing_overwritten(finished, tmp_
 
 def test_damaged_checkpoint_is_named(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    path = common.latest_checkpoint(tmp_path / "run" / "checkpoint")
+    path = plumbing.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoint")
     file, note = next(path.glob("*.safetensors")), path / "checkpoint.json"
     whole, text = file.read_bytes(), note.read_text()
     command = [*TINY, "--iterations", 40, "--out", tmp_path / "run"]

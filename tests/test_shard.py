@@ -7,17 +7,20 @@ import sys
 import weakref
 
 import pytest
+import tiny
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import common
 import diff_instruct_star
+import plumbing.checkpoint
+import plumbing.cli
+import plumbing.run
+import plumbing.shard
 import swiftbrush_v2
-import tiny
 import yoso
 from common import load
-from conftest import ROOT
 
 COMMON = ["--preset", "shapes", "--batch-size", 4, "--device", "cpu", "--log-every", 1, "--save-every", 2, "--sample-every", 3]
 DISTILL = ["--convert-iterations", 2, "--rank", 4, "--alpha", 8]
@@ -64,7 +67,7 @@ class Held(TorchDispatchMode):
 
     def see(self, tensor):
         """Remembers where the tensor lies."""
-        if (tensor := common.part_here(tensor)).device.type == "cpu":
+        if (tensor := plumbing.shard.part_here(tensor)).device.type == "cpu":
             self.storages.add(tensor.untyped_storage())
         return tensor
 
@@ -82,9 +85,9 @@ class Held(TorchDispatchMode):
 SCRIPT = """
 import json, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tools"]
-import common, {module} as script
+import common, plumbing.run, plumbing.shard, {module} as script
 from test_shard import Held
-end, finish, update, watching, peaks = common.Run.end, common.Run.finish_iteration, common.EMA.update, [], [0]
+end, finish, update, watching, peaks = plumbing.run.Run.end, plumbing.run.Run.finish_iteration, common.EMA.update, [], [0]
 
 def after(run, iteration, losses):
     stop = finish(run, iteration, losses)
@@ -101,14 +104,14 @@ def updated(ema):
     watching.clear()
 
 def measured(run):
-    tensors = common.flat_state(run.parts).values()
-    state = [sum(t.numel() * t.element_size() for t in some) for some in (map(common.part_here, tensors), tensors)]
+    tensors = plumbing.checkpoint.flat_state(run.parts).values()
+    state = [sum(t.numel() * t.element_size() for t in some) for some in (map(plumbing.shard.part_here, tensors), tensors)]
     with open({folder!r} + f"/bytes{{run.rank}}.json", "w") as file:
         json.dump([*state, max(peaks)], file)
     end(run)
 
-common.Run.end, common.Run.finish_iteration, common.EMA.update = measured, after, updated
-common.run_command(script.main)
+plumbing.run.Run.end, plumbing.run.Run.finish_iteration, common.EMA.update = measured, after, updated
+plumbing.cli.run_command(script.main)
 """
 
 
@@ -141,7 +144,7 @@ def test_sharded_equals_one_process(models, tmp_path, name):
     stages = [path.parent.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("checkpoint")]
     assert stages
     for stage in stages:
-        one, two = (common.read_checkpoint(tmp_path / run / stage / "checkpoint")["state"] for run in ("one", "two"))
+        one, two = (plumbing.checkpoint.read_checkpoint(tmp_path / run / stage / "checkpoint")["state"] for run in ("one", "two"))
         assert one.keys() == two.keys()
         for part in one.keys() - {key for key in one if key.startswith("optimizer")}:
             same(one[part], two[part])
@@ -158,7 +161,7 @@ def test_a_run_moves_into_shards_and_back(models, tmp_path):
     sharded("yoso", upto(2, "moved"), tmp_path)
     yoso.main(upto(3, "moved"))
     yoso.main(upto(3, "stayed"))
-    moved, stayed = (common.read_checkpoint(tmp_path / run / "checkpoint")["state"] for run in ("moved", "stayed"))
+    moved, stayed = (plumbing.checkpoint.read_checkpoint(tmp_path / run / "checkpoint")["state"] for run in ("moved", "stayed"))
     assert {part: value.keys() for part, value in moved.items()} == {part: value.keys() for part, value in stayed.items()}
     for part in ("generator", "discriminator", "ema"):
         same(moved[part], stayed[part])

@@ -1,5 +1,6 @@
 """SwiftBrush v2: closed forms S1-S8 of its losses on one-dimensional Gaussians, and the real command on tiny pipelines."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -7,16 +8,20 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from conftest import ROOT
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
+from test_run import equal
 
 import common
+import plumbing.checkpoint
+import plumbing.cli
+import plumbing.run
 import swiftbrush_v2 as sb
-import tiny
-from common import Denoiser, NoiseSchedule, UserError, add_lora, fold_lora, load
-from conftest import ROOT
-from test_run import equal
+from common import Denoiser, NoiseSchedule, UserError, add_lora, load
+from plumbing.students import fold_lora
 
 # The bench: the student draws mu + s z, the teacher's data are N(m, 1), at a level with alpha = .8, sigma = .6.
 ALPHA, SIGMA, MU, S, M = 0.8, 0.6, 0.5, 1.5, -0.3
@@ -123,7 +128,7 @@ def test_s8_merge_and_one_step():
     class Exact(torch.nn.Module):
         def forward(self, x, timestep, **cond):
             assert timestep.tolist() == [999, 999]
-            return common.argparse.Namespace(sample=eps)
+            return argparse.Namespace(sample=eps)
 
     z = schedule.add_noise(x0, eps, torch.tensor([999, 999]))
     torch.testing.assert_close(sb.one_step(Denoiser(Exact(), schedule, "epsilon"), z, {}), x0, atol=1e-4, rtol=1e-4)
@@ -168,7 +173,7 @@ def weights(folder):
 
 
 def states(out):
-    return {stage: common.read_checkpoint(out / stage / "checkpoint")["state"] for stage in ("start", "a", "b")}
+    return {stage: plumbing.checkpoint.read_checkpoint(out / stage / "checkpoint")["state"] for stage in ("start", "a", "b")}
 
 
 def assert_same_students(out, expected, origin):
@@ -200,7 +205,7 @@ def finished(models, tmp_path_factory):
 def test_all_stages(models, finished):
     """Both students moved away from their start; the merge is their mean; diffusers alone loads what is exported."""
     a, b, merged = (weights(finished / f / "pipeline") for f in ("a", "b", "."))
-    start = common.read_checkpoint(finished / "start" / "checkpoint")["state"]["student"]
+    start = plumbing.checkpoint.read_checkpoint(finished / "start" / "checkpoint")["state"]["student"]
     for key in a:
         torch.testing.assert_close(merged[key], (a[key] + b[key]) / 2, atol=1e-7, rtol=1e-6)
     assert any(not torch.equal(a[k], start[k]) for k in a) and any(not torch.equal(b[k], start[k]) for k in b)
@@ -249,12 +254,12 @@ def test_s5_a_fresh_lora_teacher_gives_no_gradient(models):
 
 def test_who_moves_whom(models):
     """The student's step gives gradients to the student alone, the LoRA teacher's step to the LoRA teacher alone."""
-    config = common.parse_config(sb.Config, sb.PRESETS, [str(f) for f in flags(models, "unused", "--prediction", "epsilon")], "")
+    config = plumbing.cli.parse_config(sb.Config, sb.PRESETS, [str(f) for f in flags(models, "unused", "--prediction", "epsilon")], "")
     teacher, codec = load(models / "sd")
     net = sb.dense_copy(teacher.net, teacher.net.state_dict(), "cpu").requires_grad_(True)
     student, lora_teacher = (Denoiser(n, teacher.schedule, "epsilon", a) for n, a in ((net, None), (teacher.net, "lora_teacher")))
     psi = add_lora(teacher.net, "lora_teacher", 4, 8)
-    step = common.Run(config)
+    step = plumbing.run.Run(config)
     theta = common.Weights(net.named_parameters())
     none = torch.optim.SGD([torch.zeros(1)], 1.0)
     y = ["a red circle"] * 4
@@ -271,7 +276,7 @@ def test_who_moves_whom(models):
 
 def step_gradients(models, *more):
     """Gradients of one student step and one LoRA-teacher step, with an adapter that is not fresh; and the pictures."""
-    config = common.parse_config(sb.Config, sb.PRESETS, [str(f) for f in flags(models, "unused", "--prediction", "epsilon", *more)], "")
+    config = plumbing.cli.parse_config(sb.Config, sb.PRESETS, [str(f) for f in flags(models, "unused", "--prediction", "epsilon", *more)], "")
     teacher, codec = load(models / "sd")
     torch.manual_seed(1)
     net = sb.dense_copy(teacher.net, teacher.net.state_dict(), "cpu").requires_grad_(True)
@@ -283,7 +288,7 @@ def step_gradients(models, *more):
     if config.gradient_checkpointing:
         for n in (net, teacher.net):
             common.enable_checkpointing(n)
-    step, y = common.Run(config), ["a red circle", "a blue square", "a", "on white"]
+    step, y = plumbing.run.Run(config), ["a red circle", "a blue square", "a", "on white"]
     none = torch.optim.SGD([torch.zeros(1)], 1.0)
     image_losses = sb.make_image_losses(config, codec.decode, dict(clip=common.load_scorer(config.clip)))
     cond, null = codec.cond(y), codec.null(4)
@@ -311,7 +316,7 @@ def test_two_processes_equal_one(models, tmp_path):
 @pytest.mark.parametrize("stage, at", [("start", 1), ("a", 2), ("b", 3)])
 def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch, stage, at):
     """Stopped within any stage, the same command ends with the weights of a run that was never stopped."""
-    finish = common.Run.finish_iteration
+    finish = plumbing.run.Run.finish_iteration
 
     def stop(self, iteration, losses):
         if self.out.name == stage and iteration + 1 == at:
@@ -319,7 +324,7 @@ def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch,
         return finish(self, iteration, losses)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(common.Run, "finish_iteration", stop)
+        patched.setattr(plumbing.run.Run, "finish_iteration", stop)
         run(flags(models, tmp_path / "out"))
     run(flags(models, tmp_path / "out"))
     assert equal(states(tmp_path / "out"), states(finished))
@@ -377,7 +382,7 @@ def test_image_regularisation(models, tmp_path):
 
 
 def test_pairs_are_the_teachers_and_more_of_them_keep_the_first(models, tmp_path, monkeypatch):
-    config = common.parse_config(sb.Config, sb.PRESETS, [str(f) for f in flags(
+    config = plumbing.cli.parse_config(sb.Config, sb.PRESETS, [str(f) for f in flags(
         models, tmp_path, "--regularise", "pairs", "--regularise-num", 4, "--regularise-steps", 3, "--teacher-guidance", 4.5)], "")
     teacher, codec = load(models / "sd")
     z, x0, y = sb.prepare_pairs(config, teacher, codec, ["a red circle", "a blue square"])
@@ -397,7 +402,7 @@ def test_ddim_inversion_leads_back():
     class Exact(torch.nn.Module):
         def forward(self, x, timestep):
             alpha, sigma = (v[timestep].view(-1, 1, 1, 1) for v in (schedule.alpha, schedule.sigma))
-            return common.argparse.Namespace(sample=sigma * x / (0.25 * alpha**2 + sigma**2))
+            return argparse.Namespace(sample=sigma * x / (0.25 * alpha**2 + sigma**2))
 
     teacher, data = Denoiser(Exact(), schedule, "epsilon"), 0.5 * torch.randn(4, 4, 8, 8)
     noise = [sb.ddim_invert(teacher, data, steps, {}) for steps in (25, 100)]
@@ -429,7 +434,7 @@ def test_sample_command(models, finished, tmp_path, capsys):
     (["--dataset", "cifar10"], "cifar10"), (["--dataset", "cifar10", "--model", "runs/teacher"], "cifar10"),
     (["--model", "x/y", "--preset", "shapes"], "shapes")])
 def test_a_real_model_does_not_get_the_mini_models_rates(arguments, preset):
-    assert common.parse_config(sb.Config, sb.PRESETS, arguments, "", sb.preset_of).preset == preset
+    assert plumbing.cli.parse_config(sb.Config, sb.PRESETS, arguments, "", sb.preset_of).preset == preset
 
 
 def test_wrong_input(models, tmp_path):

@@ -5,23 +5,25 @@ import json
 import re
 from types import SimpleNamespace
 
+import ablate
+import benchmark
+import evaluate
 import numpy as np
+import pretrain
 import pytest
+import tiny
 import torch
 import torch_fidelity
 from PIL import Image
+from test_run import config, finished  # noqa: F401
 
-import ablate
-import benchmark
 import common
 import diff_instruct_star
-import evaluate
-import pretrain
+import plumbing.cli
+import plumbing.data
 import swiftbrush_v2
-import tiny
 import yoso
-from common import Shapes
-from test_run import config, finished  # noqa: F401
+from plumbing.shapes import Shapes
 
 
 def drawings(n, seed=0):
@@ -90,7 +92,7 @@ def test_evaluate_two_folders(tmp_path):
 
 def test_another_palette_is_read_as_what_it_shows():
     """Rolled drawings are the same drawings in the next colours, and all right by their own attributes."""
-    plain, rolled = common.load_dataset("shapes", 32), common.load_dataset("shapes-rolled", 32)
+    plain, rolled = plumbing.data.load_dataset("shapes", 32), plumbing.data.load_dataset("shapes-rolled", 32)
     attributes = plain.attributes(range(100))
     assert rolled.captions(attributes) == plain.captions(attributes) and not torch.equal(rolled.draw(attributes), plain.draw(attributes))
     assert torch.equal(rolled.draw(attributes), plain.draw(rolled.shown(attributes)))
@@ -161,7 +163,7 @@ def test_arms_have_names_of_their_own_and_flags_that_exist(method):
     kind, presets = (yoso.FineTune, yoso.FINE_TUNE_PRESETS) if method.startswith("yoso_") else (script.Config, script.PRESETS)
     for arm in arms.values():
         arguments = [a.format(iterations=3, longer=9, out="out", seed=0) for a in (arm if method == "yoso" else arm[0]) or ()]
-        assert common.parse_config(kind, presets, arguments, "").iterations in (1, 3, 9, 100, 200, 400, 800, kind.iterations) or not arguments
+        assert plumbing.cli.parse_config(kind, presets, arguments, "").iterations in (1, 3, 9, 100, 200, 400, 800, kind.iterations) or not arguments
 
 
 def test_benchmark_accounts_for_the_step(tmp_path):

@@ -6,18 +6,28 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from diffusers import (ControlNetModel, DiffusionPipeline, LCMScheduler, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline,
-                       StableDiffusionPipeline)
-from PIL import Image
-
-import common
 import tiny
-import yoso
-from common import Denoiser, HalfUNet, InformativePrior, NoiseSchedule, UserError, load
+import torch
 from conftest import ROOT
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
 from test_run import equal
 from test_schedule import PIXART, SD
+
+import common
+import plumbing.checkpoint
+import plumbing.cli
+import plumbing.run
+import plumbing.shapes
+import yoso
+from common import Denoiser, HalfUNet, InformativePrior, NoiseSchedule, UserError, load
 
 CAPTIONS = ["a large red circle on white", "a small blue square on black", "a large green triangle on gray", "a small red square on white"]
 
@@ -131,7 +141,7 @@ def run(arguments):
 
 
 def state(out):
-    return common.read_checkpoint(out / "checkpoint")["state"]
+    return plumbing.checkpoint.read_checkpoint(out / "checkpoint")["state"]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +188,7 @@ def test_what_a_run_leaves(models, finished):
     assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == ("v_prediction", True, "trailing")
     denoiser, codec = load(finished / "adapt" / "pipeline")
     assert denoiser.schedule.alpha[-1] < 1e-3 and load(finished / "full" / "pipeline")[0].schedule.alpha[-1] > 0.06
-    pictures = torch.stack([common.Shapes(codec.picture_size)[i]["image"] for i in range(8)]).float() / 127.5 - 1
+    pictures = torch.stack([plumbing.shapes.Shapes(codec.picture_size)[i]["image"] for i in range(8)]).float() / 127.5 - 1
     prior = InformativePrior.read(finished / "full" / "pipeline")
     torch.testing.assert_close(prior.mean, codec.encode(pictures).mean(0), atol=1e-5, rtol=0)
     for stage in ("adapt-1", "adapt-2"):
@@ -205,7 +215,7 @@ def test_the_lora_gives_the_same_picture_in_plain_diffusers(models, finished, fi
 
 def build(models, *more, seed=1):
     """fine_tune_step's arguments, with D's last layer away from zero, so that its gradients are seen."""
-    config = common.parse_config(yoso.FineTune, yoso.FINE_TUNE_PRESETS, [str(f) for f in flags(models, "unused", *more)], "", yoso.preset_of)
+    config = plumbing.cli.parse_config(yoso.FineTune, yoso.FINE_TUNE_PRESETS, [str(f) for f in flags(models, "unused", *more)], "", yoso.preset_of)
     teacher, codec = load(models / "sd")
     torch.manual_seed(seed)
     features = HalfUNet(teacher.net, share=config.rank > 0)
@@ -221,8 +231,8 @@ def build(models, *more, seed=1):
     if config.gradient_checkpointing:
         common.enable_checkpointing(generator.net), common.enable_checkpointing(discriminator.features.unet)
     none = torch.optim.SGD([torch.zeros(1)], 1.0)
-    pictures = torch.stack([common.Shapes(32)[i]["image"] for i in range(4)]).float() / 127.5 - 1
-    return dict(iteration=0, pictures=pictures, captions=CAPTIONS, run=common.Run(config), config=config, codec=codec, codec_d=codec,
+    pictures = torch.stack([plumbing.shapes.Shapes(32)[i]["image"] for i in range(4)]).float() / 127.5 - 1
+    return dict(iteration=0, pictures=pictures, captions=CAPTIONS, run=plumbing.run.Run(config), config=config, codec=codec, codec_d=codec,
                 generator=generator, discriminator=discriminator, features=features, parameters=parameters, optimizer_g=none, optimizer_d=none)
 
 
@@ -351,7 +361,7 @@ def test_the_discriminator_starts_undecided_and_reads_everything():
 @pytest.mark.parametrize("name, more, stage", [
     ("full", [], "out"), ("lora", ["--rank", 4, "--alpha", 8], "out"), *(("adapt", ["--adapt"], s) for s in ("adapt-1", "adapt-2", "out"))])
 def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch, name, more, stage):
-    finish = common.Run.finish_iteration
+    finish = plumbing.run.Run.finish_iteration
 
     def stop(self, iteration, losses):
         if self.out.name == stage and iteration + 1 == 2:
@@ -359,7 +369,7 @@ def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch,
         return finish(self, iteration, losses)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(common.Run, "finish_iteration", stop)
+        patched.setattr(plumbing.run.Run, "finish_iteration", stop)
         run(flags(models, tmp_path / "out", *more))
     run(flags(models, tmp_path / "out", *more))
     assert equal(state(tmp_path / "out"), state(finished / name))
@@ -501,7 +511,7 @@ def test_every_logged_key_is_explained_in_the_readme(finished):
     ([], "shapes-epsilon"), (["--adapt"], "shapes"), (["--model", "stable-diffusion-v1-5/stable-diffusion-v1-5"], "full"),
     (["--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--rank", "64"], "lora")])
 def test_a_real_model_does_not_get_the_mini_models_rates(arguments, preset):
-    assert common.parse_config(yoso.FineTune, yoso.FINE_TUNE_PRESETS, arguments, "", yoso.preset_of).preset == preset
+    assert plumbing.cli.parse_config(yoso.FineTune, yoso.FINE_TUNE_PRESETS, arguments, "", yoso.preset_of).preset == preset
 
 
 def test_wrong_input(models, tmp_path):

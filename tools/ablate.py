@@ -20,9 +20,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
-
-from common import UserError, run_command
 from evaluate import evaluate
+
+from common import UserError
+from plumbing.cli import run_command
 
 # What an arm changes. The distillations' arms also say whether the seed's arms share a folder, so that merges find their students,
 # and which pipeline below it is measured; an arm without flags trains nothing: the teacher, or the student that all start from.

@@ -30,11 +30,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from forecast import LiveBytes, cost_of_step, matmul_rate
+
 import diff_instruct_star
 import swiftbrush_v2
 import yoso
-from common import (EMA, Denoiser, LiveBytes, NoiseSchedule, Run, UserError, Weights, add_lora, cost_of_step, enable_checkpointing,
-                    load, load_decoder, load_scorer, matmul_rate, one_step, parse_config, run_command, shard, use_lora)
+from common import (
+    EMA,
+    Denoiser,
+    NoiseSchedule,
+    UserError,
+    Weights,
+    add_lora,
+    enable_checkpointing,
+    load,
+    load_decoder,
+    load_scorer,
+    one_step,
+    use_lora,
+)
+from plumbing.cli import parse_config, run_command
+from plumbing.run import Run
+from plumbing.shard import shard
 
 NETWORK, ONE_STEP, DECODED = SAMPLING = "network alone", "one-step sampling", "one-step sampling and decoding"
 SEPARATE, PLAIN = "step with a separate LoRA teacher", "step with one plain backward pass"

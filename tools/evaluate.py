@@ -30,8 +30,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
-from common import (BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Draws, Folder, InformativePrior, UserError, choose_device,
-                    coverage, ddim_sample, load, load_dataset, load_prompts, load_scorer, run_command, sample_order)
+from common import Draws, InformativePrior, UserError, ddim_sample, load, load_scorer
+from plumbing.cli import run_command
+from plumbing.data import Folder, load_dataset, load_prompts, sample_order
+from plumbing.run import choose_device
+from plumbing.shapes import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, coverage
 
 # The largest share of a shape's contrast that the best drawing may leave unexplained. Measured on real drawings of 16 x 16:
 # the best triangle for a disc or square leaves 0.21 or more, the best square for a disc 0.06 to 0.08. So CLEAN (one shape of

@@ -5,7 +5,7 @@
     python tools/ladder.py --arms "SDXL, Diff-Instruct*" --samples 1 2 4
 
 The networks of the published configurations exist without numbers, on torch's meta device, and the methods' own steps run on them
-(common.cost_of_step). Networks in bf16, weights, moments and averages in float32, as --precision bf16 has it. What the allocator,
+(forecast.cost_of_step). Networks in bf16, weights, moments and averages in float32, as --precision bf16 has it. What the allocator,
 the kernels and CUDA itself need comes on top.
 """
 
@@ -18,17 +18,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import benchmark
+import forecast
 import torch
 import torch.distributed as dist
-from diffusers import (AutoencoderKL, AutoencoderTiny, DDPMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel,
-                       StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
-import benchmark
 import common
-from common import Codec, Denoiser, Draws, NoiseSchedule, Run, Scorer, UserError, parse_config, run_command
+import plumbing.shard
+from common import Codec, Denoiser, Draws, NoiseSchedule, Scorer, UserError
+from plumbing.cli import parse_config, run_command
+from plumbing.run import Run
 
 CROSS, PLAIN, UP = "CrossAttnDownBlock2D", "DownBlock2D", ("UpBlock2D", "CrossAttnUpBlock2D")
 SD15 = dict(sample_size=64, down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP[0], *[UP[1]] * 3), layers_per_block=2,
@@ -184,9 +204,9 @@ def memory_of(arm, samples, checkpointing, folder, processes=1):
         run.device = torch.device("cpu")  # whose autocast the rules follow
         optimizers = list(run.parts.values())
         with torch.device("meta"):
-            cost = common.cost_of_step(run, networks, optimizers, parts["step"], {0: 1.0}, torch.device("meta"))
-        trained = sum(common.part_here(p).nbytes for o in optimizers for group in o.param_groups for p in group["params"])
-        states = common.held_bytes(torch.device("meta")) + 3 * trained  # a gradient and two moments
+            cost = forecast.cost_of_step(run, networks, optimizers, parts["step"], {0: 1.0}, torch.device("meta"))
+        trained = sum(plumbing.shard.part_here(p).nbytes for o in optimizers for group in o.param_groups for p in group["params"])
+        states = forecast.held_bytes(torch.device("meta")) + 3 * trained  # a gradient and two moments
     return cost["memory_GB"], states / 2**30, cost["TFLOP"]
 
 
@@ -202,7 +222,7 @@ def main(argv):
         raise UserError(f"--processes {args.processes}: must be at least 1")
     if unknown := set(args.arms) - set(ARMS):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
-    common.RAISED_ON.add("cpu")  # a GPU is meant
+    forecast.RAISED_ON.add("cpu")  # a GPU is meant
     rows = []
     print("| model, method | samples at once | GB of states | GB of a step | with --gradient-checkpointing | TFLOP a sample |\n"
           "|---|---|---|---|---|---|")

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 

@@ -24,14 +24,33 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel, UNet2DModel)
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import (BACKGROUNDS, COLOURS, EMA, FREE_FLAGS, SHAPES, SIZES, Draws, NoiseSchedule, Run, Shapes, UserError,
-                    choose_device, class_labels, flag, load, load_dataset, parse_config, run_command, start_processes, write_folder)
+from common import EMA, Draws, NoiseSchedule, UserError, class_labels, load
+from plumbing.cli import flag, parse_config, run_command
+from plumbing.data import load_dataset
+from plumbing.run import FREE_FLAGS, Run, choose_device, start_processes
+from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes
+from plumbing.students import write_folder
 
 IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
 SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
@@ -79,7 +98,7 @@ PARTS = {
 
 @dataclass
 class Part:
-    """What common.Run reads of the training of one part."""
+    """What plumbing.run.Run reads of the training of one part."""
     out: str
     iterations: int
     batch_size: int

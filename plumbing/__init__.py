@@ -1,0 +1,13 @@
+"""The machinery around the methods: nothing here is about a method, and a learner need not open it.
+
+cli         flags from a dataclass, their ranges, errors in one line
+run         Run: device, processes, batches, one update, log, stop
+checkpoint  what a run saves, and how it is read back
+data        folders of pictures, CIFAR-10, tar and parquet files, prompts; their order; grids of pictures
+shapes      the embedded dataset: pictures drawn by code
+cache       latents and text conditions, encoded once
+students    where a one-step student starts, its conversion, exports for diffusers and kohya
+shard       FSDP2: every process keeps its part of the weights
+
+Modules here import common and one another, never a method's script.
+"""

@@ -1,0 +1,93 @@
+"""What a run saves, and how it is read back, whatever the number of processes."""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.utils.checkpoint
+
+from common import UserError
+
+
+def flat_state(parts):
+    """The tensors that a run's parts consist of, by "part.key"; an Adam's are numbered as its parameters."""
+    state = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            state |= {f"{name}.{i}.{key}": value for i, p in enumerate(parameters) for key, value in part.state.get(p, {}).items()}
+        else:
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+    return {key: value.view(1) if value.dim() == 0 else value for key, value in state.items()}
+
+
+def latest_checkpoint(folder):
+    """The folder of the last complete checkpoint in a run's checkpoint/, named by its iteration, or None."""
+    found = [path for path in Path(folder).glob("[0-9]*") if (path / "checkpoint.json").exists()]
+    return max(found, default=None)
+
+
+def checkpoint_note(path):
+    """The note of a checkpoint folder: dict(config, files). Raises UserError if it or a file beside it is damaged."""
+    try:
+        note = json.loads((path / "checkpoint.json").read_text())
+        note["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in note["config"].items()}
+        damaged = [name for name, size in note["files"].items() if (path / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: damaged or not a checkpoint ({error}); delete it to start this run anew")
+    if damaged:
+        raise UserError(f"{path}: damaged, {damaged[0]} has not the size it was written with; delete it to start this run anew")
+    return note
+
+
+def load_tensors(path, state):
+    """Fills a flat state from a checkpoint folder; each process reads what it needs. Raises UserError if that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise UserError(f"{path}: damaged or not a checkpoint of this run ({type(error).__name__}); delete it to start this run anew")
+
+
+def stored_tensors(path):
+    """key -> (shape, dtype) of a checkpoint folder. Raises UserError if it is damaged."""
+    try:
+        tensors = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start this run anew")
+    return {key: (value.size, value.properties.dtype) for key, value in tensors.items()}
+
+
+def load_parts(path, parts):
+    """Puts a checkpoint into a run's parts, whatever the number of processes that wrote it."""
+    stored = stored_tensors(path)
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            for key in stored:
+                if key.startswith(f"{name}."):
+                    number, kind = key.removeprefix(f"{name}.").split(".")
+                    p = parameters[int(number)]
+                    part.state[p][kind] = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
+    load_tensors(path, flat_state(parts))
+
+
+def read_checkpoint(folder):
+    """The last checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state), state by part and key.
+
+    Raises UserError if it is missing or damaged.
+    """
+    path = latest_checkpoint(folder)
+    if not path:
+        raise UserError(f"{folder}: no checkpoint yet; a run writes it every --save-every iterations")
+    note = checkpoint_note(path)
+    tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in stored_tensors(path).items()}
+    load_tensors(path, tensors)
+    state = {}
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        state.setdefault(part, {})[name] = value
+    return dict(iteration=int(path.name), config=note["config"], state=state)
