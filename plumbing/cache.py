@@ -21,7 +21,9 @@ CACHED = 500  # samples or prompts a file
 
 
 class Latents(Dataset):
-    """A dataset's pictures as latents, from the folder where cache_latents has put them; samples with image: float [C, h, w]."""
+    """A dataset's pictures as latents, from the folder where cache_latents has put them; samples with image:
+    float [C, h, w].
+    """
 
     endless = False
 
@@ -48,10 +50,11 @@ def open_safetensors(path):
 
 @torch.no_grad()
 def cache_latents(codec, dataset, folder, made_by):
-    """Encodes a dataset's pictures once, float16, into files in the folder, each process its share -> Latents.
+    """Encodes a dataset's pictures once, float16, into files in the folder, each process its share ->
+    Latents.
 
-    made_by: what the latents depend on beside the data, a dict; endless datasets stay what they are. Raises UserError if the folder
-    holds others, or cannot be written.
+    made_by: what the latents depend on beside the data, a dict; endless datasets stay what they are. Raises
+    UserError if the folder holds others, or cannot be written.
     """
     if dataset.endless or codec.vae is None:
         return dataset
@@ -73,9 +76,11 @@ def cache_latents(codec, dataset, folder, made_by):
 
 
 def cache_conditions(codec, prompts, folder, made_by):
-    """Computes the conditions of the prompts and of the empty one once, float16, into files in the folder; codec.cond reads them there.
+    """Computes the conditions of the prompts and of the empty one once, float16, into files in the folder;
+    codec.cond reads them there.
 
-    The text encoders then move to the main memory. made_by as in cache_latents. Raises UserError if the folder holds others.
+    The text encoders then move to the main memory. made_by as in cache_latents. Raises UserError if the
+    folder holds others.
     """
     if codec.vae is None:
         return
@@ -133,5 +138,7 @@ def flat_cond(cond, prefix=""):
 
 def full_cond(like, flat, prefix=""):
     """The condition of the structure of `like` with the tensors that flat_cond gave."""
-    return {key: full_cond(value, flat, f"{prefix}{key}.") if isinstance(value, dict) else flat.get(prefix + key)
-            for key, value in like.items()}
+    return {
+        key: full_cond(value, flat, f"{prefix}{key}.") if isinstance(value, dict) else flat.get(prefix + key)
+        for key, value in like.items()
+    }

@@ -1,14 +1,19 @@
 """What a run saves, and how it is read back, whatever the number of processes."""
 
+import dataclasses
 import json
+import os
+import shutil
 import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.utils.checkpoint
 
 from common import UserError
+from plumbing.data import write_text
 
 
 def flat_state(parts):
@@ -23,6 +28,42 @@ def flat_state(parts):
     return {key: value.view(1) if value.dim() == 0 else value for key, value in state.items()}
 
 
+def write_checkpoint(folder, done, parts, config):
+    """The parts after `done` iterations into folder/<done>, moved into place when complete; then the one
+    before it goes.
+
+    Every process calls it and writes what it holds, as safetensors; a note beside them, checkpoint.json,
+    lists the files. Raises UserError if it cannot be written.
+    """
+    target, new, first = folder / f"{done:08d}", folder / "new", int(os.environ.get("RANK", 0)) == 0
+    if first:
+        shutil.rmtree(new, ignore_errors=True)
+    try:
+        if dist.is_initialized():
+            dist.barrier()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
+            writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
+            dcp.save(flat_state(parts), storage_writer=writer)
+        if first:
+            files = {file.name: file.stat().st_size for file in new.iterdir()}
+            write_text(new / "checkpoint.json", json.dumps(dict(config=dataclasses.asdict(config), files=files)))
+            for path in (*new.iterdir(), new):  # on the disk before it gets its name
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            shutil.rmtree(target, ignore_errors=True)
+            new.rename(target)
+            for old in folder.iterdir():
+                if old != target:
+                    shutil.rmtree(old, ignore_errors=True)
+    except (OSError, dcp.CheckpointException) as error:
+        if isinstance(error, dcp.CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"{target}: iteration {done} cannot be saved ({error}); the one before it is kept")
+
+
 def latest_checkpoint(folder):
     """The folder of the last complete checkpoint in a run's checkpoint/, named by its iteration, or None."""
     found = [path for path in Path(folder).glob("[0-9]*") if (path / "checkpoint.json").exists()]
@@ -30,7 +71,9 @@ def latest_checkpoint(folder):
 
 
 def checkpoint_note(path):
-    """The note of a checkpoint folder: dict(config, files). Raises UserError if it or a file beside it is damaged."""
+    """The note of a checkpoint folder: dict(config, files). Raises UserError if it or a file beside it is
+    damaged.
+    """
     try:
         note = json.loads((path / "checkpoint.json").read_text())
         note["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in note["config"].items()}
@@ -43,7 +86,9 @@ def checkpoint_note(path):
 
 
 def load_tensors(path, state):
-    """Fills a flat state from a checkpoint folder; each process reads what it needs. Raises UserError if that fails."""
+    """Fills a flat state from a checkpoint folder; each process reads what it needs. Raises UserError if that
+    fails.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -76,7 +121,8 @@ def load_parts(path, parts):
 
 
 def read_checkpoint(folder):
-    """The last checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state), state by part and key.
+    """The last checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state), state by part
+    and key.
 
     Raises UserError if it is missing or damaged.
     """

@@ -1,4 +1,6 @@
-"""Pictures and prompts: folders, CIFAR-10, tar and parquet files, prompt files; their order; grids; prepared folders."""
+"""Pictures and prompts: folders, CIFAR-10, tar and parquet files, prompt files; their order; grids; prepared
+folders.
+"""
 
 import hashlib
 import io
@@ -22,7 +24,8 @@ from plumbing.shapes import Shapes
 def load_dataset(name, size, seed=0):
     """"shapes", "shapes-rolled", "cifar10", or a folder of pictures, tar or parquet files -> a Dataset.
 
-    Its samples are {"image": uint8 [3, size, size], "caption": str, "skipped": [names of what could not be read]}.
+    Its samples are {"image": uint8 [3, size, size], "caption": str, "skipped": [names of what could not be
+    read]}.
 
     Raises UserError if there is no such dataset, or no readable picture in it.
     """
@@ -39,8 +42,9 @@ def load_dataset(name, size, seed=0):
 class Folder(Dataset):
     """Pictures below a folder, resized and centre-cropped to size x size; samples as those of Shapes.
 
-    Captions, in this order: metadata.jsonl ({"file_name", "text"} a line), a .txt beside the picture, the name of the class
-    folder it lies in, or nothing. A picture that cannot be read is replaced by the next one and named in "skipped".
+    Captions, in this order: metadata.jsonl ({"file_name", "text"} a line), a .txt beside the picture, the
+    name of the class folder it lies in, or nothing. A picture that cannot be read is replaced by the next one
+    and named in "skipped".
     """
 
     endless = False
@@ -98,10 +102,11 @@ SHARDS = {"webdataset": "*.tar", "parquet": "*.parquet"}
 
 
 class Shards(Dataset):
-    """Pictures in webdataset's tar files or in parquet files that lie in a folder, through the library datasets; samples as Folder's.
+    """Pictures in webdataset's tar files or in parquet files that lie in a folder, through the library
+    datasets; samples as Folder's.
 
-    Captions: the column txt, text, caption or prompt, if there is one. The library converts tar files once, into its cache on the
-    disk; from there samples are read as they are needed.
+    Captions: the column txt, text, caption or prompt, if there is one. The library converts tar files once,
+    into its cache on the disk; from there samples are read as they are needed.
     """
 
     endless, classes = False, []
@@ -120,8 +125,11 @@ class Shards(Dataset):
         pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if not pictures or not len(rows):
             raise UserError(f"--dataset {root}: its {kind} files hold no pictures; their columns are {', '.join(rows.column_names)}")
-        texts = [name for name in ("txt", "text", "caption", "prompt") if getattr(rows.features.get(name), "dtype", "") in (
-            "string", "large_string")]
+        texts = [
+            name
+            for name in ("txt", "text", "caption", "prompt")
+            if getattr(rows.features.get(name), "dtype", "") in ("string", "large_string")
+        ]
         self.root, self.size, self.files, self.picture, self.text = root, size, files, pictures[0], texts[0] if texts else None
         self.rows = rows.select_columns([self.picture, *texts[:1]]).cast_column(self.picture, datasets.Image(decode=False))
         self[0]
@@ -148,7 +156,9 @@ class Shards(Dataset):
 
 
 def readable_sample(dataset, index):
-    """Sample `index` of a dataset with a source(), or the next one that can be read; the names of those that cannot in "skipped"."""
+    """Sample `index` of a dataset with a source(), or the next one that can be read; the names of those that
+    cannot in "skipped".
+    """
     from torchvision.transforms.v2 import functional as TF
     skipped = []
     for step in range(len(dataset)):
@@ -164,7 +174,8 @@ def readable_sample(dataset, index):
 
 
 class Cifar10(Dataset):
-    """CIFAR-10's training pictures through torchvision, downloaded to data/ once; samples as those of Shapes."""
+    """CIFAR-10's training pictures through torchvision, downloaded to data/ once; samples as those of Shapes.
+    """
 
     endless = False
 
@@ -207,7 +218,8 @@ def to_floats(images):
 
 
 def load_prompts(path):
-    """The prompts of a file, a list of str: .jsonl with prompt, caption or text in each line, else plain text, one a line.
+    """The prompts of a file, a list of str: .jsonl with prompt, caption or text in each line, else plain
+    text, one a line.
 
     Raises UserError if there is none, or it is not UTF-8.
     """
@@ -229,7 +241,9 @@ def load_prompts(path):
 
 
 def prompts_of(config, codec):
-    """The prompts of the run: --prompts, the model's classes, or the captions of --dataset. Raises UserError if there is none."""
+    """The prompts of the run: --prompts, the model's classes, or the captions of --dataset. Raises UserError
+    if there is none.
+    """
     if config.prompts:
         prompts = load_prompts(config.prompts)
         if codec.classes:
@@ -255,7 +269,8 @@ def permutation(seed, epoch, n):
 def sample_order(dataset, seed, counters):
     """Dataset indices of the run's samples number `counters`: permutation(seed, epoch)[place in the epoch].
 
-    A function of (seed, counter) alone: resuming needs no loader state, and the order does not depend on the number of ranks.
+    A function of (seed, counter) alone: resuming needs no loader state, and the order does not depend on the
+    number of ranks.
     """
     if dataset.endless:
         return list(counters)
@@ -264,7 +279,9 @@ def sample_order(dataset, seed, counters):
 
 
 def save_grid(images, path, columns=8):
-    """Pictures in [-1, 1], [N, 3, H, W], as one PNG, by the first process; pictures below 64 pixels are enlarged by a whole factor."""
+    """Pictures in [-1, 1], [N, 3, H, W], as one PNG, by the first process; pictures below 64 pixels are
+    enlarged by a whole factor.
+    """
     from torchvision.utils import save_image
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -275,7 +292,9 @@ def save_grid(images, path, columns=8):
 
 
 def write_text(path, text):
-    """Writes a file and moves it to `path` when it is complete; a last line break is added where there is text."""
+    """Writes a file and moves it to `path` when it is complete; a last line break is added where there is
+    text.
+    """
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     temporary.write_text(text + "\n" if text else "", encoding="utf-8")
     os.replace(temporary, path)
@@ -290,8 +309,9 @@ def agreed(make):
 
 
 def claim_folder(folder, made_by, names):
-    """On rank 0 makes the folder of prepared data, notes in made_by.json what it is made with, and returns, on every rank, the
-    ones of the names that are not in it yet. Raises UserError if it was made with something else or cannot be written."""
+    """On rank 0 makes the folder of prepared data, notes in made_by.json what it is made with, and returns,
+    on every rank, the ones of the names that are not in it yet. Raises UserError if it was made with
+    something else or cannot be written."""
     def missing():
         """What rank 0 finds."""
         note = folder / "made_by.json"

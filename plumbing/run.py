@@ -2,45 +2,35 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import tempfile
 import time
-import warnings
 from itertools import accumulate, groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.utils.checkpoint
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import EMA, Draws, UserError, Weights
-from plumbing.checkpoint import checkpoint_note, flat_state, latest_checkpoint, load_parts
+from common import EMA, Draws, UserError, Weights, part_of
+from plumbing.checkpoint import checkpoint_note, latest_checkpoint, load_parts, write_checkpoint
+from plumbing.cli import bound_flags
 from plumbing.data import permutation, sample_order, to_floats, write_text
-
-# What may change between a run and its continuation: it alters neither the mathematics nor the networks
-# (iterations only where no learning rate depends on it).
-FREE_FLAGS = {"shard", "iterations", "out", "resume", "device", "workers", "micro_batch", "compile", "gradient_checkpointing",
-              "log_every", "save_every", "sample_every"}
-
 
 EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float32
 
 
-def mean_of(scalars):
-    """The mean of each entry over a list of dicts."""
-    return {k: torch.stack([s[k].detach() for s in scalars]).mean() for k in scalars[0]}
-
-
 def choose_device(name):
-    """"auto" (the accelerator if there is one), or a torch device name; under torchrun, this process's own GPU.
+    """"auto" (the accelerator if there is one), or a torch device name; under torchrun, this process's own
+    GPU.
 
     Raises UserError if it cannot be used.
     """
@@ -64,45 +54,41 @@ def start_processes(device):
 
 
 def ignore_signals(worker):
-    """For the processes that read pictures: a signal to the whole group must not end them before the run has saved."""
+    """For the processes that read pictures: a signal to the whole group must not end them before the run has
+    saved.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Run:
-    """One training run: where it computes, what it draws, what it writes to config.out.
+    """One training run: where it computes, what it draws, how it updates, what it writes to config.out.
 
-    Reads from the config: out, resume, seed, iterations, batch_size (global), micro_batch (in a process; 0: all at once),
-    device, precision, workers, log_every, save_every, sample_every. Raises UserError, with nothing written, if one of them
-    cannot work.
-    micro_multiple: what a micro-batch must be a multiple of; free: the flags in which a continuation may differ.
+    config: a plumbing.cli.RunFlags with iterations and batch_size (global). bound: the flags that a
+    continuation must repeat, all but cli.FREE if nothing is said; micro_multiple: what a micro-batch must be
+    a multiple of. Raises UserError, with nothing written, if the config cannot work here.
     """
 
-    def __init__(self, config, micro_multiple=1, free=FREE_FLAGS):
-        self.free = free
+    def __init__(self, config, bound=None, micro_multiple=1):
+        self.bound = bound_flags(type(config)) if bound is None else bound
         self.config, self.out = config, Path(config.out)
         self.checkpoints = self.out / "checkpoint"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        for name in ("iterations", "batch_size", "log_every", "save_every", "sample_every"):
-            if getattr(config, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-        self.workers = getattr(config, "workers", 0)
-        for name, value in (("seed", config.seed), ("workers", self.workers)):
-            if value < 0:
-                raise UserError(f"--{name} {value}: must not be negative")
         if config.batch_size % self.world:
-            raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by {self.world} processes")
+            raise UserError(
+                f"--batch-size {config.batch_size}: the global batch is not divisible by {self.world} "
+                "processes"
+            )
         local = config.batch_size // self.world
         micro = config.micro_batch or local
-        if micro < 0 or local % micro:
+        if local % micro:
             raise UserError(f"--micro-batch {micro}: does not divide the {local} samples of each process")
         if micro % micro_multiple:
             raise UserError(f"--batch-size {config.batch_size}: gives {micro} samples at once, "
                             f"which must be a multiple of {micro_multiple}")
-        if config.precision not in ("fp32", "bf16"):
-            raise UserError(f"--precision {config.precision}: unknown; choose fp32 or bf16")
-        # Who draws samples: the first process, or all, for the blocks of a sharded network are gathered from all.
-        self.shows = self.rank == 0 or getattr(config, "shard", False)
+        # Who draws samples: the first process, or all, for the blocks of a sharded network are gathered from
+        # all.
+        self.shows = self.rank == 0 or config.shard
         self.rows = slice(self.rank * local, (self.rank + 1) * local)
         self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]
         self.device = choose_device(config.device)
@@ -114,11 +100,13 @@ class Run:
             starts = [None] * self.world
             dist.all_gather_object(starts, self.start)
             if len(set(starts)) > 1:
-                raise UserError(f"--out {config.out}: the processes find different checkpoints; use a disk that all share")
+                raise UserError(f"--out {config.out}: the processes find different checkpoints; "
+                                "use a disk that all share")
         torch.manual_seed(config.seed)  # the same weights on every rank
 
     def _find_checkpoint(self):
-        # The run's own checkpoint comes first, so that the same command, with or without --resume, continues it.
+        # The run's own checkpoint comes first, so that the same command, with or without --resume, continues
+        # it.
         source = latest_checkpoint(self.checkpoints)
         if not source and self.config.resume:
             source = latest_checkpoint(Path(self.config.resume) / "checkpoint")
@@ -126,9 +114,10 @@ class Run:
                 raise UserError(f"--resume {self.config.resume}: there is no checkpoint in it")
         if not source:
             return None
-        saved = {field.name: field.default for field in dataclasses.fields(self.config)} | checkpoint_note(source)["config"]
-        differing = [f"--{name.replace('_', '-')} was {saved[name]}, is {value}"
-                     for name, value in dataclasses.asdict(self.config).items() if name not in self.free and saved[name] != value]
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        saved, ours = defaults | checkpoint_note(source)["config"], dataclasses.asdict(self.config)
+        differing = [f"--{name.replace('_', '-')} was {saved[name]}, is {ours[name]}"
+                     for name in ours if name in self.bound and saved[name] != ours[name]]
         if differing:
             raise UserError(f"{source}: belongs to another configuration ({'; '.join(differing)}); "
                             "repeat that run's flags, or choose another --out")
@@ -144,9 +133,11 @@ class Run:
             raise UserError(f"--out {self.config.out}: cannot write there ({error.strerror}); choose another folder")
 
     def begin(self, parts):
-        """Called once everything is built: makes the folder, loads the checkpoint into parts, catches the signals.
+        """Called once everything is built: makes the folder, loads the checkpoint into parts, catches the
+        signals.
 
-        parts: name -> module, optimiser or EMA; all of them go into checkpoints. Log lines after the checkpoint are dropped.
+        parts: name -> module, optimiser or EMA; all of them go into checkpoints. Log lines after the
+        checkpoint are dropped.
         """
         self.make_folder()
         if self.source:
@@ -165,13 +156,19 @@ class Run:
             log = self.out / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
             # A line that a kill cut short has no closing brace.
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= self.start]
+            kept = [line for line in lines
+                    if line.endswith("}") and json.loads(line)["iteration"] <= self.start]
             if kept != lines:
                 write_text(log, "\n".join(kept))
-        self.old_handlers = {number: signal.signal(number, lambda number, frame: setattr(self, "signal", number))
-                             for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.config.iterations, initial=self.start, disable=self.rank > 0, smoothing=0.05,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        remember = lambda number, frame: setattr(self, "signal", number)
+        self.old_handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(
+            total=self.config.iterations,
+            initial=self.start,
+            disable=self.rank > 0,
+            smoothing=0.05,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
         self.window, self.skipped = [], set()
         self.window_start, self.window_iteration = time.perf_counter(), self.start
 
@@ -185,32 +182,68 @@ class Run:
         order = (sample_order(dataset, self.config.seed, range(i * size + rows.start, i * size + rows.stop))
                  for i in range(self.start, self.config.iterations))
         # With a generator of its own the loader leaves the global one alone.
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.workers, collate_fn=list,
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.config.workers, collate_fn=list,
                             generator=torch.Generator(), worker_init_fn=ignore_signals)
         for samples in loader:
             for path in sorted({p for s in samples for p in s["skipped"]} - self.skipped):
                 self.skipped.add(path)
-                tqdm.write(f"skipped, cannot be read as a picture: {path} ({len(self.skipped)} so far)", file=sys.stderr)
+                tqdm.write(f"skipped, cannot be read as a picture: {path} ({len(self.skipped)} so far)",
+                           file=sys.stderr)
             x0 = torch.stack([s["image"] for s in samples]).to(self.device)
             yield to_floats(x0), [s["caption"] for s in samples]
 
     def prompts(self, prompts):
-        """This rank's prompts, a list, of every iteration still to come, in the order of an endless shuffled pass."""
+        """This rank's prompts, a list, of every iteration still to come, in the order of an endless shuffled
+        pass.
+        """
         size, rows, n = self.config.batch_size, self.rows, len(prompts)
         for i in range(self.start, self.config.iterations):
             counters = range(i * size + rows.start, i * size + rows.stop)
             yield [prompts[permutation(self.config.seed, c // n, n)[c % n]] for c in counters]
 
+    def split(self, **batch):
+        """This rank's batch cut into micro-batches: one namespace each, with its rows of every tensor, list
+        or condition.
+
+        A number, or None, is the same in all of them.
+        """
+        return [SimpleNamespace(**{name: part_of(value, rows) for name, value in batch.items()})
+                for rows in self.micro_batches]
+
     def autocast(self):
         """bf16 for the networks under --precision bf16; weights and losses stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
+    def descend(self, optimizer, parts, loss_of, clip_norm=math.inf):
+        """One step of the optimiser down the mean loss of the whole batch, over all micro-batches and ranks.
+
+        loss_of(part) -> (loss, {name: scalar}), both means over the part's samples, called under autocast.
+        The gradient of all the optimiser's parameters together is clipped to the norm clip_norm. Returns the
+        means of the scalars.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        scalars = []
+        for part in parts:
+            with self.autocast():
+                loss, values = loss_of(part)
+            (loss / len(parts)).backward()
+            scalars.append(values)
+        self.average_gradients(parameters)
+        if clip_norm < math.inf:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        return {name: torch.stack([s[name].detach() for s in scalars]).mean() for name in scalars[0]}
+
     def average_gradients(self, parameters):
-        """Mean of the parameters' gradients over the ranks; a sharded network has taken its own in the backward pass."""
+        """Mean of the parameters' gradients over the ranks; a sharded network has taken its own in the
+        backward pass.
+        """
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
         if self.world == 1:
             return
-        # In few exchanges, for in each the ranks wait for each other; but not in one, which would be a copy of all gradients.
+        # In few exchanges, for in each the ranks wait for each other; but not in one, which would be a copy
+        # of all gradients.
         ends = accumulate(g.numel() for g in gradients)
         for _, bucket in groupby(zip(ends, gradients), lambda pair: pair[0] // EXCHANGED_AT_ONCE):
             bucket = [g for _, g in bucket]
@@ -221,9 +254,11 @@ class Run:
             del flat, means  # before the next piece is copied
 
     def finish_iteration(self, iteration, losses):
-        """Logs, saves where it is time to, and returns True if the run must stop now (Ctrl-C or SIGTERM on any rank).
+        """Logs, saves where it is time to, and returns True if the run must stop now (Ctrl-C or SIGTERM on
+        any rank).
 
-        losses: name -> scalar tensor. Raises UserError with the iteration and the loss's name if one was not finite.
+        losses: name -> scalar tensor. Raises UserError with the iteration and the loss's name if one was not
+        finite.
         """
         done, config = iteration + 1, self.config
         # The vote is taken on the host: it does not wait for the device.
@@ -238,7 +273,8 @@ class Run:
         return self.signal > 0
 
     def _log(self, done, losses, flush):
-        # Between log lines nothing is read from the device; a loss that an iteration does not have leaves no trace in its mean.
+        # Between log lines nothing is read from the device; a loss that an iteration does not have leaves no
+        # trace in its mean.
         self.window.append((done, {name: value.detach() for name, value in losses.items()}))
         self.bar.update()
         if not flush:
@@ -247,7 +283,8 @@ class Run:
         means, first_bad = [], []
         for name in names:
             found = [(n, values[name]) for n, values in self.window if name in values]
-            iterations, values = torch.tensor([n for n, _ in found], device=self.device), torch.stack([v for _, v in found]).float()
+            iterations = torch.tensor([n for n, _ in found], device=self.device)
+            values = torch.stack([v for _, v in found]).float()
             means.append(values.mean())
             first_bad.append(torch.where(values.isfinite(), torch.inf, iterations.float()).min())
         means, first_bad = torch.stack(means), torch.stack(first_bad)
@@ -279,36 +316,8 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
     def save(self, done):
-        """Writes the state after `done` iterations into a new folder, moved into place when complete; then the one before it goes.
-
-        Every process writes what it holds, as safetensors; a note beside them, checkpoint.json, lists the files.
-        """
-        folder, new = self.checkpoints / f"{done:08d}", self.checkpoints / "new"
-        if self.rank == 0:
-            shutil.rmtree(new, ignore_errors=True)
-        try:
-            if self.world > 1:
-                dist.barrier()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
-                dcp.save(flat_state(self.parts), storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
-            if self.rank == 0:
-                files = {file.name: file.stat().st_size for file in new.iterdir()}
-                write_text(new / "checkpoint.json", json.dumps(dict(config=dataclasses.asdict(self.config), files=files)))
-                for path in (*new.iterdir(), new):  # on the disk before it gets its name
-                    handle = os.open(path, os.O_RDONLY)
-                    os.fsync(handle)
-                    os.close(handle)
-                shutil.rmtree(folder, ignore_errors=True)
-                new.rename(folder)
-                for old in self.checkpoints.iterdir():
-                    if old != folder:
-                        shutil.rmtree(old, ignore_errors=True)
-        except (OSError, dcp.CheckpointException) as error:
-            if isinstance(error, dcp.CheckpointException):
-                error = next(iter(error.failures.values()))[0]
-            shutil.rmtree(new, ignore_errors=True)
-            raise UserError(f"{folder}: iteration {done} cannot be saved ({error}); the one before it is kept")
+        """Writes the state after `done` iterations; then the checkpoint before it goes."""
+        write_checkpoint(self.checkpoints, done, self.parts, self.config)
 
     def end(self):
         """Closes the run; after a signal, says how to go on and exits with 128 + its number."""

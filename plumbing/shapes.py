@@ -25,8 +25,9 @@ HALF = torch.tensor([1, (torch.pi / 4)**0.5, (torch.pi / 2)**0.5])  # half the s
 def coverage(shape, radius, x, y, size):
     """How much of each pixel the shape covers, in [0, 1]: [N, size, size].
 
-    shape: indices into SHAPES, [N]; radius, as in SIZES, and the centre x, y of the shape's box: [N], in units of the picture,
-    y downwards. A disc, a square and an upright triangle as wide as high, of equal area. Edges are one pixel soft.
+    shape: indices into SHAPES, [N]; radius, as in SIZES, and the centre x, y of the shape's box: [N], in
+    units of the picture, y downwards. A disc, a square and an upright triangle as wide as high, of equal
+    area. Edges are one pixel soft.
     """
     grid = (torch.arange(size) + 0.5) / size
     dx = grid.view(1, 1, -1) - x.view(-1, 1, 1)
@@ -39,10 +40,12 @@ def coverage(shape, radius, x, y, size):
 
 
 class Shapes(Dataset):
-    """The embedded dataset: one soft-edged shape a picture, drawn by rule; picture i is a function of (seed, i), without end.
+    """The embedded dataset: one soft-edged shape a picture, drawn by rule; picture i is a function of (seed,
+    i), without end.
 
     A sample is {"image": uint8 [3, size, size], "caption": "a large red circle on white", "skipped": []}.
-    rolled: another palette for the same captions: what they call red is drawn in the next colour, and so on, backgrounds too.
+    rolled: another palette for the same captions: what they call red is drawn in the next colour, and so on,
+    backgrounds too.
     """
 
     endless = True
@@ -52,9 +55,11 @@ class Shapes(Dataset):
         self.size, self.seed, self.rolled = size, seed, rolled
 
     def attributes(self, indices, like=None):
-        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y (picture units).
+        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), radius, x,
+        y (picture units).
 
-        like: such a dict, of which the words (colour, background, shape, scale) are kept: the same captions in other places.
+        like: such a dict, of which the words (colour, background, shape, scale) are kept: the same captions
+        in other places.
         """
         u = torch.tensor(np.stack([np.random.default_rng([self.seed, i]).random(7) for i in indices]), dtype=torch.float32)
         counts = torch.tensor([len(COLOURS), len(BACKGROUNDS), len(SHAPES), len(SIZES)])
@@ -69,8 +74,13 @@ class Shapes(Dataset):
     @staticmethod
     def all_captions():
         """Every caption once, 72 of them."""
-        return [f"a {scale} {colour} {shape} on {background}" for scale in SIZES for colour in COLOURS for shape in SHAPES
-                for background in BACKGROUNDS]
+        return [
+            f"a {scale} {colour} {shape} on {background}"
+            for scale in SIZES
+            for colour in COLOURS
+            for shape in SHAPES
+            for background in BACKGROUNDS
+        ]
 
     def captions(self, attributes):
         """One caption a picture, "a large red circle on white"."""
@@ -79,7 +89,8 @@ class Shapes(Dataset):
         return ["a {} {} {} on {}".format(*(n[k] for n, k in zip(names, key))) for key in keys]
 
     def shown(self, attributes):
-        """attributes, as above, with the colour and background that are seen in place of those that are said."""
+        """attributes, as above, with the colour and background that are seen in place of those that are said.
+        """
         seen = dict(colour=(attributes["colour"] + self.rolled) % len(COLOURS),
                     background=(attributes["background"] + self.rolled) % len(BACKGROUNDS))
         return attributes | seen
@@ -96,6 +107,7 @@ class Shapes(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        # DataLoader asks for a whole batch through this name: one vectorised drawing instead of one a picture.
+        # DataLoader asks for a whole batch through this name: one vectorised drawing instead of one a
+        # picture.
         a = self.attributes(indices)
         return [dict(image=x, caption=c, skipped=[]) for x, c in zip(self.draw(a), self.captions(a))]

@@ -8,10 +8,11 @@ from torch.distributed.tensor import DTensor
 
 
 def shard(config, *networks):
-    """With --shard and several processes, FSDP2: each keeps its part of every weight, gradient, moment and average of the networks.
+    """With --shard and several processes, FSDP2: each keeps its part of every weight, gradient, moment and
+    average of the networks.
 
-    A block's weights are gathered when it runs and dropped again. Comes before a network's parameters are collected; LoRAs, which
-    are added afterwards, stay whole on every process.
+    A block's weights are gathered when it runs and dropped again. Comes before a network's parameters are
+    collected; LoRAs, which are added afterwards, stay whole on every process.
     """
     if not config.shard or not dist.is_initialized():
         return
@@ -22,8 +23,10 @@ def shard(config, *networks):
         inside = []
         for path, module in network.named_modules():
             name = path.split(".")[-1]
-            if (name == "mid_block" or path.split(".")[-2:-1] in (["down_blocks"], ["up_blocks"], ["transformer_blocks"])) \
-                    and not any(path.startswith(f"{outer}.") for outer in inside):
+            if (
+                name == "mid_block"
+                or path.split(".")[-2:-1] in (["down_blocks"], ["up_blocks"], ["transformer_blocks"])
+            ) and not any(path.startswith(f"{outer}.") for outer in inside):
                 fully_shard(module, mesh=mesh)
                 inside.append(path)
         fully_shard(network, mesh=mesh, reshard_after_forward=True)  # torch keeps the outermost weights by default

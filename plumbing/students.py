@@ -22,17 +22,21 @@ def load_teacher(model, dataset, device):
         return load(model, device)
     except UserError as error:
         if dataset == "cifar10":
-            raise UserError(f"{error}; or train one: python tools/pretrain.py --dataset cifar10 --out runs/teacher, "
-                            "then --model runs/teacher")
+            raise UserError(
+                f"{error}; or train one: python tools/pretrain.py --dataset cifar10 --out runs/teacher, "
+                "then --model runs/teacher"
+            )
         raise
 
 
 def starting_student(student, lora, model, teacher, codec):
-    """Where a one-step student starts, as a frozen Denoiser: the flags --student, with --lora, or the teacher itself (--model).
+    """Where a one-step student starts, as a frozen Denoiser: the flags --student, with --lora, or the teacher
+    itself (--model).
 
-    student: a diffusers pipeline, or a file of network weights for the teacher's architecture (.safetensors, or a checkpoint
-    that torch.load reads without unpickling code; local, or on the hub as OWNER/NAME/FILE). Its schedule may end at a lower
-    timestep than the teacher's. Raises UserError if it does not fit the teacher.
+    student: a diffusers pipeline, or a file of network weights for the teacher's architecture (.safetensors,
+    or a checkpoint that torch.load reads without unpickling code; local, or on the hub as OWNER/NAME/FILE).
+    Its schedule may end at a lower timestep than the teacher's. Raises UserError if it does not fit the
+    teacher.
     """
     if not student and not lora:
         return teacher
@@ -75,10 +79,12 @@ def dense_copy(net, state, device):
 
 
 def convert(run, codec, start, prediction, prompts):
-    """The start as a network that predicts `prediction`: a regression of its x0 at the last timestep onto its old one, clamped.
+    """The start as a network that predicts `prediction`: a regression of its x0 at the last timestep onto its
+    old one, clamped.
 
-    At that timestep an epsilon network's x0 carries 1 / alpha_T times its error (14.6 for SD), a v network's x0 is about -v.
-    Reads from the run's config: convert_lr, convert_clamp, clip_norm, gradient_checkpointing. Exports to OUT/pipeline.
+    At that timestep an epsilon network's x0 carries 1 / alpha_T times its error (14.6 for SD), a v network's
+    x0 is about -v. Reads from the run's config: convert_lr, convert_clamp, clip_norm, gradient_checkpointing.
+    Exports to OUT/pipeline.
     """
     config = run.config
     net = dense_copy(start.net, fold_lora(start.net, None), codec.device).requires_grad_(True)
@@ -129,8 +135,14 @@ def export_student(run, codec, student, ema, **more):
     if not student.adapter:
         state |= {name: whole(average).cpu() for name, average in ema.average.items()}
     if run.rank == 0:
-        export_one_step(codec, dense_copy(student.net, state, "cpu"), student.prediction_type, run.out / "pipeline",
-                        len(student.schedule), **more)
+        export_one_step(
+            codec,
+            dense_copy(student.net, state, "cpu"),
+            student.prediction_type,
+            run.out / "pipeline",
+            len(student.schedule),
+            **more,
+        )
 
 
 def write_folder(path, save):
@@ -143,11 +155,13 @@ def write_folder(path, save):
 
 
 def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False, prior=None):
-    """The pipeline with `net` as its network, for num_inference_steps=1 (2, 4) and guidance_scale=1 in diffusers alone.
+    """The pipeline with `net` as its network, for num_inference_steps=1 (2, 4) and guidance_scale=1 in
+    diffusers alone.
 
-    Its LCMScheduler predicts x0, then adds fresh noise at the next lower level: the spacing of 4 steps is 999 749 499 249.
-    length: the timesteps of the student's own schedule, where it starts below the model's last; then for one step only.
-    zero_snr: the schedule rescaled to SNR_T = 0; prior: an InformativePrior that is kept beside it.
+    Its LCMScheduler predicts x0, then adds fresh noise at the next lower level: the spacing of 4 steps is 999
+    749 499 249. length: the timesteps of the student's own schedule, where it starts below the model's last;
+    then for one step only. zero_snr: the schedule rescaled to SNR_T = 0; prior: an InformativePrior that is
+    kept beside it.
     """
     from diffusers import DDPMPipeline, LCMScheduler
     betas = {k: v for k, v in codec.pipe.scheduler.config.items() if k in BETA_NAMES}
@@ -157,8 +171,13 @@ def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False,
         steps, betas = 1, dict(num_train_timesteps=length, trained_betas=codec.pipe.scheduler.betas[:length].tolist())
     if zero_snr:
         betas |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    scheduler = LCMScheduler(**betas, prediction_type=prediction_type, original_inference_steps=steps, clip_sample=False,
-                             steps_offset=1)
+    scheduler = LCMScheduler(
+        **betas,
+        prediction_type=prediction_type,
+        original_inference_steps=steps,
+        clip_sample=False,
+        steps_offset=1,
+    )
     if codec.vae is None:
         pipe = DDPMPipeline(net, scheduler)
     else:
@@ -178,7 +197,8 @@ def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False,
 
 
 def fold_lora(net, name):
-    """The dense weights of a network with the LoRA `name` folded in (None: without any), under the bare network's keys.
+    """The dense weights of a network with the LoRA `name` folded in (None: without any), under the bare
+    network's keys.
 
     Of a sharded network the whole weights; then every process must call it.
     """
@@ -191,8 +211,9 @@ def fold_lora(net, name):
 
 
 def save_lora(codec, net, name, path):
-    """The LoRA `name` in the file that `load_lora_weights` of a diffusers pipeline reads, and in kohya.safetensors with the keys
-    of kohya's scripts, which ComfyUI and AUTOMATIC1111 expect; PixArt: an adapter folder of peft."""
+    """The LoRA `name` in the file that `load_lora_weights` of a diffusers pipeline reads, and in
+    kohya.safetensors with the keys of kohya's scripts, which ComfyUI and AUTOMATIC1111 expect; PixArt: an
+    adapter folder of peft."""
     from diffusers.utils import convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
     state = get_peft_model_state_dict(net, adapter_name=name)
