@@ -1,9 +1,12 @@
-"""What the three methods share; nothing here belongs to one of them, and nothing to the machinery of a run (see plumbing/).
+"""What the three methods share; nothing here belongs to one of them, and nothing to the machinery of a run
+(see plumbing/).
 
-One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alpha_t^2).
-x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients come as [B, 1, 1, 1].
+One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t =
+sqrt(1 - alpha_t^2). x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B];
+coefficients come as [B, 1, 1, 1].
 
-Sections: noise schedule, denoiser, sampling, half-UNet, EMA, distances, conditions, pretrained models, LoRA, scorers.
+Sections: noise schedule, denoiser, sampling, half-UNet, EMA, distances, conditions, pretrained models, LoRA,
+scorers.
 """
 
 import copy
@@ -33,16 +36,6 @@ class UserError(Exception):
 BETA_NAMES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
-def ddgan_betas(levels=4, beta_min=0.1, beta_max=20.0, eps=1e-3):
-    """The few-level VP schedule of DDGAN (Xiao et al., 2022), which YOSO uses from scratch: levels + 1 betas.
-
-    Level 0 is clean data (its beta is 1e-8, as in DDGAN), level `levels` almost pure noise.
-    """
-    tau = np.linspace(0, 1, levels + 1) * (1 - eps) + eps
-    alphas_cumprod = np.exp(-tau**2 * (beta_max - beta_min) / 2 - tau * beta_min)
-    return [1e-8, *(1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).tolist()]
-
-
 def broadcast(values, t, like):
     """values[t] as [B, 1, 1, 1], beside a tensor `like` [B, C, H, W]."""
     return values[t].view(-1, *[1] * (like.ndim - 1))
@@ -51,8 +44,8 @@ def broadcast(values, t, like):
 class NoiseSchedule:
     """alpha_t and sigma_t of x_t = alpha_t x0 + sigma_t eps, as float32 tables over the T timesteps.
 
-    A checkpoint's schedule is fully described by its diffusers scheduler config (betas, trained_betas, beta_schedule,
-    rescale_betas_zero_snr), so that config is the only way in.
+    A checkpoint's schedule is fully described by its diffusers scheduler config (betas, trained_betas,
+    beta_schedule, rescale_betas_zero_snr), so that config is the only way in.
     """
 
     def __init__(self, alphas_cumprod):
@@ -62,7 +55,9 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config):
-        """config: a diffusers scheduler config (a dict or a scheduler's .config), of which only the betas matter."""
+        """config: a diffusers scheduler config (a dict or a scheduler's .config), of which only the betas
+        matter.
+        """
         from diffusers import DDPMScheduler
         return cls(DDPMScheduler(**{name: config[name] for name in BETA_NAMES if name in config}).alphas_cumprod)
 
@@ -93,10 +88,11 @@ class NoiseSchedule:
         return broadcast(self.alpha, t, x0) * x0 + broadcast(self.sigma, t, x0) * eps
 
     def convert(self, prediction, x_t, t, source, target):
-        """One prediction type into another, in float32. Types: "sample" (x0), "epsilon", "v_prediction", "score".
+        """One prediction type into another, in float32. Types: "sample" (x0), "epsilon", "v_prediction".
 
-        v = alpha eps - sigma x0; score = -eps / sigma. An error in epsilon grows by sigma/alpha in x0 (14.6 at SD's last
-        timestep, 157 at PixArt's), and x0 from epsilon is not defined where alpha = 0. Raises ValueError on an unknown type.
+        v = alpha eps - sigma x0. An error in epsilon grows by sigma / alpha in x0 (14.6 at SD's last
+        timestep, 157 at PixArt's), and x0 from epsilon is not defined where alpha = 0. Raises ValueError on
+        an unknown type.
         """
         prediction, x_t = prediction.float(), x_t.float()
         if source == target:
@@ -118,8 +114,6 @@ class NoiseSchedule:
                 return eps
             case "v_prediction":
                 return alpha * eps - sigma * x0
-            case "score":
-                return -eps / sigma
         raise ValueError(f"unknown prediction type {target}")
 
 
@@ -129,19 +123,20 @@ class NoiseSchedule:
 class Denoiser:
     """A diffusers network, its schedule and what it predicts, seen as one function of (x_t, t, condition).
 
-    net: UNet2DModel, UNet2DConditionModel or PixArtTransformer2DModel; the condition is a dict of the network's own keyword
-    arguments, so that one call serves them all. adapter: the LoRA that is on in this denoiser's calls, of those that add_lora
-    gave to the net, or None for the bare weights: several denoisers can share one net.
+    net: UNet2DModel, UNet2DConditionModel or PixArtTransformer2DModel; the condition is a dict of the
+    network's own keyword arguments, so that one call serves them all. adapter: the LoRA that is on in this
+    denoiser's calls, or None for the bare weights. Several denoisers can share one net: a frozen teacher and
+    a trained one are the same weights with the adapter off and on.
     """
 
     def __init__(self, net, schedule, prediction_type, adapter=None):
         self.net, self.schedule, self.prediction_type, self.adapter = net, schedule, prediction_type, adapter
 
     def predict(self, x_t, t, target="sample", cond=None, null=None, guidance_scale=1.0):
-        """The prediction as `target` ("sample", "epsilon", "v_prediction" or "score"), [B, C, H, W].
+        """The prediction as `target` ("sample", which is x0, "epsilon" or "v_prediction"), [B, C, H, W].
 
-        Classifier-free guidance: null + guidance_scale (cond - null); the number 1 calls the network once, without null.
-        guidance_scale: a number, or [B, 1, 1, 1].
+        Classifier-free guidance: null + guidance_scale (cond - null), a number or [B, 1, 1, 1]; the number 1
+        calls the network once, without null.
         """
         output = self._forward(x_t, t, cond)
         if torch.is_tensor(guidance_scale) or guidance_scale != 1.0:
@@ -151,13 +146,45 @@ class Denoiser:
 
     def _forward(self, x_t, t, cond):
         with use_lora(self.net, self.adapter):
-            # Networks with learned sigma (PixArt) return 2C channels, of which the first C are the prediction.
+            # Networks with learned sigma (PixArt) return 2C channels, of which the first C are the
+            # prediction.
             return self.net(x_t, timestep=t, **(cond or {})).sample[:, :x_t.shape[1]].float()
+
+    def with_lora(self, name, rank, alpha, targets=None):
+        """A Denoiser of the same net with a new LoRA on, which is trainable and starts as no change.
+
+        This Denoiser goes on running on the bare weights, which are frozen from here on.
+        """
+        add_lora(self.net, name, rank, alpha, targets or LORA_TARGETS)
+        return Denoiser(self.net, self.schedule, self.prediction_type, name)
+
+    def trainable(self):
+        """What of it is trained, by name: the weights of its adapter, or those of the net that are not
+        frozen.
+        """
+        return Weights((name, p) for name, p in self.net.named_parameters() if p.requires_grad
+                       and (f".{self.adapter}." in name if self.adapter else "lora_" not in name))
+
+
+@contextmanager
+def frozen(network):
+    """Inside the with block no parameter of the network gets a gradient; gradients still flow through to its
+    input.
+    """
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 @torch.no_grad()
 def ddim_sample(denoiser, x_T, steps, cond=None, null=None, guidance_scale=1.0):
-    """Deterministic DDIM from x_T [B, C, H, W] to x0 in `steps` steps, spaced like diffusers' "trailing", ending at alpha = 1.
+    """Deterministic DDIM from x_T [B, C, H, W] to x0 in `steps` steps, spaced like diffusers' "trailing",
+    ending at alpha = 1.
 
     With one step it is the one-step prediction at the last timestep.
     """
@@ -173,14 +200,12 @@ def ddim_sample(denoiser, x_T, steps, cond=None, null=None, guidance_scale=1.0):
     return x_t
 
 
-def last_timestep(student, n, device):
-    """t = T - 1 for n samples."""
-    return torch.full((n,), len(student.schedule) - 1, device=device)
-
-
 def one_step(student, z, cond):
-    """f_theta(z, y): z [B, C, H, W] -> x0, without guidance."""
-    return student.predict(z, last_timestep(student, len(z), z.device), "sample", cond)
+    """f_theta(z, y), the one-step picture: z ~ N(0, I) [B, C, H, W] -> x0, from the last timestep, without
+    guidance.
+    """
+    t = torch.full((len(z),), len(student.schedule) - 1, device=z.device)
+    return student.predict(z, t, "sample", cond)
 
 
 # Sampling
@@ -189,8 +214,8 @@ def one_step(student, z, cond):
 class Draws:
     """The random numbers of one iteration: a function of (seed, iteration) alone.
 
-    Every rank draws the numbers of the whole global batch and keeps its own rows, so that a run gives the same result on
-    any number of ranks, and resuming needs no generator state.
+    Every rank draws the numbers of the whole global batch and keeps its own rows, so that a run gives the
+    same result on any number of ranks, and resuming needs no generator state.
     """
 
     def __init__(self, seed, iteration, batch_size, rows, device):
@@ -250,7 +275,9 @@ def chunk_for(codec):
 
 
 def chunks_of(prompts, codec, seed):
-    """Yields (prompts, noise [n, C, H, W]) for chunks of pictures; drawn on the CPU, the same on every device."""
+    """Yields (prompts, noise [n, C, H, W]) for chunks of pictures; drawn on the CPU, the same on every
+    device.
+    """
     chunk = chunk_for(codec)
     for first in range(0, len(prompts), chunk):
         y = prompts[first:first + chunk]
@@ -274,22 +301,25 @@ def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
 
 
 class HalfUNet(torch.nn.Module):
-    """The down and mid blocks of a UNet2DConditionModel as features: YOSO's perceptual distance and discriminator.
+    """The down and mid blocks of a UNet2DConditionModel as features: YOSO's perceptual distance and
+    discriminator.
 
-    A copy of that half of `unet`, which is left as it is; with `share`, its weights stay unet's own. A LoRA that unet is given
-    later is not in it.
+    A copy of that half of `unet`, which is left as it is; with `share`, its weights stay unet's own. A LoRA
+    that unet is given later is not in it.
     """
 
     def __init__(self, unet, share=False):
         super().__init__()
-        # What memo names is replaced instead of copied; diffusers' own forward then ends with the mid block's output.
+        # What memo names is replaced instead of copied; diffusers' own forward then ends with the mid block's
+        # output.
         memo = {id(unet.up_blocks): torch.nn.ModuleList(), id(unet.conv_norm_out): None, id(unet.conv_out): torch.nn.Identity()}
         if share:
             memo |= {id(p): p for p in unet.parameters()}
         self.unet = copy.deepcopy(unet, memo)
 
     def forward(self, x_t, t, cond):
-        """x_t [B, C, H, W], t [B], cond a dict -> features [B, C', H', W'] (SD 1.5 at 64 x 64: 1280 x 8 x 8)."""
+        """x_t [B, C, H, W], t [B], cond a dict -> features [B, C', H', W'] (SD 1.5 at 64 x 64: 1280 x 8 x 8).
+        """
         return self.unet(x_t, timestep=t, **cond).sample
 
 
@@ -297,7 +327,9 @@ class HalfUNet(torch.nn.Module):
 
 
 class EMA:
-    """Exponential moving average of the trainable ones of the parameters (name, parameter): a named float32 copy."""
+    """Exponential moving average of the trainable ones of the parameters (name, parameter): a named float32
+    copy.
+    """
 
     def __init__(self, parameters, decay):
         self.decay, self.parameters = decay, {name: p for name, p in parameters if p.requires_grad}
@@ -342,20 +374,29 @@ def squared_distance(a, b):
 
 
 def load_distance(name, device):
-    """"l2" -> squared_distance; "lpips" -> LPIPS with VGG features on pictures enlarged to 224 pixels, [B].
+    """"l2" or "lpips" (VGG, of pictures enlarged to 224 pixels) -> (features, distance): d(a, b) [B] is
+    distance(features(a), features(b)), in two halves, for a picture's features may serve several distances.
 
     Raises UserError if the VGG weights cannot be fetched.
     """
     if name == "l2":
-        return squared_distance
+        return (lambda x: x), squared_distance
     import lpips
     try:
-        network = lpips.LPIPS(net="vgg", verbose=False).to(device)
+        network = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
     except OSError as error:
-        raise UserError(f"--distance lpips: its VGG weights cannot be fetched ({error}); use --distance l2")
-    network.requires_grad_(False)
-    enlarge = lambda x: F.interpolate(x, size=224, mode="bilinear") if x.shape[-1] < 256 else x
-    return lambda a, b: network(enlarge(a), enlarge(b)).flatten()
+        raise UserError(f"LPIPS: its VGG weights cannot be fetched ({error}); choose the distance l2")
+
+    def features(x):
+        """x [B, 3, H, W] -> the unit vectors of each layer's places."""
+        enlarged = F.interpolate(x, size=224, mode="bilinear") if x.shape[-1] < 256 else x
+        return [lpips.normalize_tensor(h) for h in network.net(network.scaling_layer(enlarged))]
+
+    def distance(a, b):
+        """Squared differences, weighted by channel, averaged over places, summed over layers: [B]."""
+        return sum(layer((x - y)**2).mean((1, 2, 3)) for layer, x, y in zip(network.lins, a, b))
+
+    return features, distance
 
 
 # Conditions
@@ -398,11 +439,13 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlph
 
 
 def load(path_or_id, device="cpu", lora=""):
-    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in eval mode.
+    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in
+    eval mode.
 
-    SD 1.5, 2.1, SDXL, PixArt-alpha, this project's exports, or a UNet2DModel in pixel space (`google/ddpm-cifar10-32`; with
-    classes, their names lie beside it in classes.json). lora: directory or file of LoRA weights that are merged into the network.
-    Raises UserError if it cannot be loaded or is of another class.
+    SD 1.5, 2.1, SDXL, PixArt-alpha, this project's exports, or a UNet2DModel in pixel space
+    (`google/ddpm-cifar10-32`; with classes, their names lie beside it in classes.json). lora: directory or
+    file of LoRA weights that are merged into the network. Raises UserError if it cannot be loaded or is of
+    another class.
     """
     import diffusers
     import transformers
@@ -450,9 +493,10 @@ def load(path_or_id, device="cpu", lora=""):
 class Codec:
     """What surrounds a network: prompts -> its condition, pictures <-> its x0.
 
-    pipe: the pipeline (its parts are used: tokenizers, text encoders, VAE). x0 has the shape [B, *self.shape]: latents, or
-    the pictures themselves for a pixel-space model, whose condition is the class that a prompt names, or nothing.
-    Pictures are [B, 3, H, W] in [-1, 1]; conditions are dicts of the network's keyword arguments.
+    pipe: the pipeline (its parts are used: tokenizers, text encoders, VAE). x0 has the shape [B,
+    *self.shape]: latents, or the pictures themselves for a pixel-space model, whose condition is the class
+    that a prompt names, or nothing. Pictures are [B, 3, H, W] in [-1, 1]; conditions are dicts of the
+    network's keyword arguments.
     """
 
     def __init__(self, pipe, classes=None):
@@ -463,7 +507,8 @@ class Codec:
         self.picture_size = self.shape[-1] * (pipe.vae_scale_factor if self.vae is not None else 1)
         self.guided = self.name not in ("DDPMPipeline", "DDIMPipeline") or net.config.num_class_embeds is not None
         if self.vae is None and self.guided and classes is None:
-            # A published class-conditional network without names: prompts name the class by its number; the last is "none".
+            # A published class-conditional network without names: prompts name the class by its number; the
+            # last is "none".
             self.classes = [str(i) for i in range(net.config.num_class_embeds - 1)]
         self.has_null = self.guided and (self.vae is not None or net.config.num_class_embeds > len(self.classes))
         self.device = next(net.parameters()).device
@@ -471,7 +516,9 @@ class Codec:
 
     @torch.no_grad()
     def cond(self, prompts):
-        """Prompts -> the condition, batch B. Raises UserError if a prompt names no class of a class-conditional model."""
+        """Prompts -> the condition, batch B. Raises UserError if a prompt names no class of a class-
+        conditional model.
+        """
         if self.cache:
             return self.cache(prompts)
         arguments = dict(device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
@@ -497,7 +544,9 @@ class Codec:
 
     @torch.no_grad()
     def null(self, n):
-        """The empty condition of guidance for a batch of n: the empty prompt, SDXL's zero embeddings, the class "none"."""
+        """The empty condition of guidance for a batch of n: the empty prompt, SDXL's zero embeddings, the
+        class "none".
+        """
         if self.vae is None:
             return dict(class_labels=torch.full((n,), len(self.classes), device=self.device)) if self.guided else {}
         null = self.cond([""])
@@ -506,15 +555,16 @@ class Codec:
             null["added_cond_kwargs"]["text_embeds"] = torch.zeros_like(null["added_cond_kwargs"]["text_embeds"])
         return map_cond(lambda v: v.expand(n, *v.shape[1:]), null)
 
-    def encode(self, images, noise=None):
-        """Pictures -> x0 [B, *shape]; noise [B, *shape] draws from the VAE's posterior, without it its mean; x0 stays what it is."""
+    def encode(self, images):
+        """Pictures -> x0 [B, *shape], the mean of the VAE's posterior; what is an x0 already stays what it
+        is.
+        """
         if self.vae is None or images.shape[1:] == self.shape:
             return images
         output = self.vae.encode(images)
         if hasattr(output, "latents"):  # AutoencoderTiny
             return output.latents * self.vae.config.scaling_factor
-        posterior = output.latent_dist
-        return (posterior.mean if noise is None else posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+        return output.latent_dist.mean * self.vae.config.scaling_factor
 
     def decode(self, x0):
         """x0 -> pictures, with the gradient."""
@@ -524,7 +574,9 @@ class Codec:
         return 120 if self.pipe.tokenizer.model_max_length > 120 else self.pipe.tokenizer.model_max_length
 
     def warn_of_long(self, prompts):
-        """One line on stderr if prompts are longer than the text encoder takes; they are cut. Of many, some thousands are looked at."""
+        """One line on stderr if prompts are longer than the text encoder takes; they are cut. Of many, some
+        thousands are looked at.
+        """
         tokenizer = getattr(self.pipe, "tokenizer", None)
         if tokenizer is None:
             return
@@ -538,7 +590,8 @@ class Codec:
 def load_decoder(path_or_id, codec):
     """x0 -> pictures by an AutoencoderTiny of the same latents, frozen and with the gradient.
 
-    "tiny": the published one, taesdxl for SDXL, taesd for SD and PixArt-alpha; empty: the codec's own decoder.
+    "tiny": the published one, taesdxl for SDXL, taesd for SD and PixArt-alpha; empty: the codec's own
+    decoder.
     """
     if not path_or_id or codec.vae is None:
         return codec.decode
@@ -566,7 +619,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.n
 def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     """Adds the LoRA `name` to a frozen network, which starts as no change; returns its parameters, by name.
 
-    It acts inside `use_lora(net, name)`, and in a Denoiser with that adapter. The network's own weights stay frozen.
+    It acts inside `use_lora(net, name)`, and in a Denoiser with that adapter. The network's own weights stay
+    frozen.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -582,14 +636,17 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     net.lora_layers = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
     for layer in net.lora_layers:
         layer._disable_adapters = True
-    # peft's own switches also switch requires_grad, and a gradient is then lost without a word: set it once, for all adapters.
+    # peft's own switches also switch requires_grad, and a gradient is then lost without a word: set it once,
+    # for all adapters.
     for key, parameter in net.named_parameters():
         parameter.requires_grad_("lora_" in key)
     return Weights((key, p) for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key)
 
 
 def check_targets(net, targets):
-    """Raises UserError if none of a LoRA's targets is a layer of the network, whose layers differ from class to class."""
+    """Raises UserError if none of a LoRA's targets is a layer of the network, whose layers differ from class
+    to class.
+    """
     if not any(f".{name}".endswith(f".{target}") for name, _ in net.named_modules() for target in targets):
         raise UserError(f"--lora-targets {' '.join(targets)}: the network has no such layer")
 
@@ -633,7 +690,8 @@ def use_lora(net, name):
 
 
 def enable_checkpointing(net):
-    """Gradient checkpointing whose recomputation in the backward pass uses the adapter of the forward pass."""
+    """Gradient checkpointing whose recomputation in the backward pass uses the adapter of the forward pass.
+    """
     def checkpoint(module, *args):
         """What a block calls in place of module(*args)."""
         layers = getattr(net, "lora_layers", ())
@@ -647,7 +705,9 @@ def enable_checkpointing(net):
 
 
 def merge_lora_file(pipe, path):
-    """LoRA weights of a file or directory, merged into the pipeline's network. Raises UserError if they do not fit."""
+    """LoRA weights of a file or directory, merged into the pipeline's network. Raises UserError if they do
+    not fit.
+    """
     try:
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(path)
@@ -689,8 +749,8 @@ class Scorer:
     def images(self, pictures):
         """Pictures [B, 3, H, W] in [-1, 1] -> unit vectors [B, D], with the gradient.
 
-        Shorter edge resized to the network's size (bicubic, antialiased), centre crop, normalised. Not clamped: a clamp would
-        take the gradient from saturated pixels.
+        Shorter edge resized to the network's size (bicubic, antialiased), centre crop, normalised. Not
+        clamped: a clamp would take the gradient from saturated pixels.
         """
         x = pictures.float() / 2 + 0.5
         if min(x.shape[2:]) != self.size:
@@ -706,7 +766,8 @@ class Scorer:
 
 
 def load_scorer(name, device="cpu"):
-    """"clip", "pickscore", "hps" (HPS v2.1), or a directory or hub id of a CLIPModel with its processor -> Scorer, frozen.
+    """"clip", "pickscore", "hps" (HPS v2.1), or a directory or hub id of a CLIPModel with its processor ->
+    Scorer, frozen.
 
     Raises UserError if it cannot be loaded.
     """

@@ -1,43 +1,50 @@
-"""YOSO, You Only Sample Once (Luo et al., arXiv 2403.12931): a denoiser that a GAN makes one-step, from scratch or pretrained.
+"""YOSO, You Only Sample Once (Luo et al., arXiv 2403.12931): a GAN makes a denoiser one-step, from scratch or
+pretrained.
 
-The idea. A denoiser G(x_t, t) maps a noisy picture to a clean one. From pure noise it can only guess the mean, a blur; a GAN
-loss makes it guess a picture instead. Matching noise to data in one leap is a hard GAN problem, so YOSO matches level t to
-level t-1: the "real" pictures are G's own one-step samples from a less noisy input, which are a little better than the fake
-ones. Level 1 learns from the data, level 2 from level 1, and so on up to pure noise: the generator cooperates with itself.
+The idea. A denoiser G(x_t, t) maps a noisy picture to a clean one. From pure noise it can only guess the
+mean, a blur; a GAN loss makes it guess a picture instead. Matching noise to data in one leap is a hard GAN
+problem, so YOSO matches level t to a less noisy level: the "real" pictures are G's own one-step samples from
+there, which are a little better than the fake ones. Level 1 learns from the data, level 2 from level 1, and
+so on up to pure noise: the generator cooperates with itself.
 
-Algorithm 1; the same numbers stand in train_step:
-  1. draw data x0, noise eps, level t in 1..T, latent z; x_t and x_r (r = t-1) share x0, eps and z
-  2. fake = G(x_t, t, z), with its graph
-  3. target = sg[G(x_r, r, z)], and x0 itself where r = 0
-  4. discriminator: L_D = softplus(-D(target, t)) + softplus(D(sg[fake], t))
+Algorithm 1 with Eq. 6; the same numbers stand in train_step:
+  1. draw data x0, noise eps, level t in 1..T; all levels of a sample share x0 and eps
+  2. fake = G(x_t, t), with its graph
+  3. real = sg[G(x_{t-k}, t-k)], target = sg[G(x_{t-m}, t-m)]; at level 0 both are the data x0 itself
+  4. discriminator: L_D = softplus(-D(real, t)) + softplus(D(sg[fake], t))
   5. generator: L_G = lambda_t d(fake, x0) + lambda_con d(fake, target) + softplus(-D(fake, t))
   6. EMA of the generator
-Sampling: x_T ~ N(0, I), x0 = G(x_T, T, z). With more calls: add noise at a lower level, predict again.
+Sampling: x_T ~ N(0, I), x0 = G(x_T, T). With more calls: add noise at a lower level, predict again.
 
-With --model, the same game fine-tunes a text-to-image model, in its latent space and with its 1,000 levels (Eq. 6; the same
-numbers stand in fine_tune_step). One level apart is too little there, so the real side comes from k = 250 levels below, the
-consistency target from m = 25 below; G(x, 0) = x by construction, so that the chain still ends at the data. D is half of the
-pretrained UNet with a head, the consistency distance is taken in the features of that half, frozen (Eq. 5). Two remedies for a
-noise level T that is not pure noise: sampling starts from the informative prior (section 5.2), or --adapt first makes the
-network predict v on a schedule that ends in pure noise (section 5.2).
+From scratch (Eq. 4) there are T = 4 levels and k = m = 1, G also gets a latent z, and D is a network of its
+own. With --model the same step fine-tunes a text-to-image model in its latent space: T = 999, k = 250, m = 25
+(Eq. 6), D is half of the pretrained UNet with a head, and the consistency distance d is taken in the features
+of that half, frozen (Eq. 5). Two remedies where level T is not pure noise: sampling starts from the
+informative prior (section 5.2), or --adapt first makes the network predict v on a schedule that ends in pure
+noise (section 5.2).
 
-Symbols, paper -> code: x, x_0 -> x0; x_t -> x_t; x_{t-1} -> x_r; sqrt(abar_t) -> alpha_t; G_theta -> generator; D_phi ->
-discriminator (returns logits); x^t -> fake; x^{t-1} -> target; lambda_t -> lambda_rec; lambda_t^con -> lambda_con; eta -> lr;
-k, m -> real_offset, con_offset; h -> the features of a frozen HalfUNet; v_phi, eps_phi -> the teacher's.
+Symbols, paper -> code: x, x_0 -> x0; sqrt(abar_t) -> alpha_t; G_theta -> generator; D_phi -> discriminator,
+which returns logits; x^t -> fake; x^{t-1} -> real, target; k, m -> real_offset, con_offset, in thousandths of
+the schedule; lambda_t -> lambda_rec * reconstruction_weight; lambda_t^con -> lambda_con * consistency_weight;
+h -> half, a HalfUNet.
 
-What differs from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake), as in any GAN.
-The target is under stop-gradient in both places. Both pictures go into D with the fake's t. The generator is diffusers'
-UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no FIR resampling. Fine-tuning: softplus before the mean
-over the batch, not after it as in the authors' script; the second stage of the adaptation regresses onto the velocity of the
-rescaled schedule, for the printed one would leave noise in a perfect student.
+What differs from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake),
+as in any GAN. The real side and the target are under stop-gradient in both places. Real and fake go into D
+with the fake's t. From scratch the generator is diffusers' UNet2DModel instead of NCSN++: no tanh (samples
+are clamped instead), no FIR resampling. The second stage of the adaptation regresses onto the velocity of the
+rescaled schedule, for the printed one would leave noise in a perfect student. What differs from the authors'
+fine-tuning script. It averages D's logits over the batch before the softplus, and the reconstruction error
+over the whole batch before it weights it, so E[w] E[error] stands where E[w error] is meant. With both
+undone, its step is this one (tests/reference.py). It lets G(x_t, t) fade into x_t at the lowest levels,
+c_skip(1) = 0.0025; here level 0 is the data itself, and t is drawn from 1.
 
-  python yoso.py                                      shapes, 16 x 16: 9 minutes on 2 CPU cores
-  python yoso.py --dataset FOLDER --out runs/mine     your pictures at 32 x 32, preset small: about an hour on 2 CPU cores
-  torchrun --nproc-per-node 8 yoso.py --dataset cifar10 --out runs/cifar10       the paper's preset, on GPUs
-  python yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png
-  python yoso.py --model assets/mini-sd               fine-tunes the mini Stable Diffusion
-  torchrun --nproc-per-node 8 yoso.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 64 --dataset FOLDER --out runs/sd15
-  python yoso.py merge --base PIXART_512 --high PIXART_1024 --tuned YOSO_512 --out PIPELINE          Eq. 7, 1024 pixels from 512
+  python yoso.py                                      shapes, 16 x 16: 9 minutes on 2 CPU cores python yoso.py
+  --dataset FOLDER --out runs/mine     your pictures at 32 x 32: about an hour on 2 CPU cores torchrun
+  --nproc-per-node 8 yoso.py --dataset cifar10 --out runs/cifar10       the paper's preset, on GPUs python
+  yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png python yoso.py --model assets/mini-sd
+  fine-tunes the mini Stable Diffusion torchrun --nproc-per-node 8 yoso.py --model
+  stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 64 --dataset FOLDER python yoso.py merge --base
+  PIXART_512 --high PIXART_1024 --tuned YOSO_512 --out PIPELINE        Eq. 7
 """
 
 import argparse
@@ -45,9 +52,9 @@ import json
 import math
 import os
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -58,177 +65,134 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from common import (
-    EMA,
-    Denoiser,
-    Draws,
-    HalfUNet,
-    InformativePrior,
-    NoiseSchedule,
-    UserError,
-    Weights,
-    add_lora,
-    chunk_for,
-    ddgan_betas,
-    draw_many_steps,
-    enable_checkpointing,
-    load,
-    load_distance,
-    map_cond,
-    part_of,
-    squared_distance,
-)
+from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError, chunk_for,
+                    draw_many_steps, enable_checkpointing, frozen, load, load_distance, map_cond, squared_distance)
 from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
-from plumbing.cli import flag, parse_config, read_config, run_command
-from plumbing.data import (
-    agreed,
-    claim_folder,
-    load_dataset,
-    prompts_of,
-    sample_order,
-    save_grid,
-    to_floats,
-    write_text,
-)
-from plumbing.run import FREE_FLAGS, Run, choose_device, mean_of, start_processes
-from plumbing.shard import shard
+from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config, run_command,
+                          sample_flags)
+from plumbing.data import (agreed, claim_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats,
+                           write_text)
+from plumbing.run import Run, choose_device, start_processes
+from plumbing.shard import shard, whole
 from plumbing.students import dense_copy, export_one_step, export_student, fold_lora
 
-# Configuration: the defaults are the paper's CIFAR-10 run, and below its fine-tuning of SD 1.5; a preset changes what it names
+
+# Configuration: the defaults are the paper's CIFAR-10 run; a preset changes what it names
 
 @dataclass
-class Config:
+class Config(RunFlags):
     """One field a flag; the text is also its --help."""
-    dataset: str = flag("shapes", "shapes (drawn by code), cifar10 (downloaded), or a folder of pictures")
-    preset: str = flag("small", "defaults of the other flags: shapes, cifar10 or small; the dataset's own where it has one")
-    out: str = flag("runs/yoso", "the run's folder; the same command again resumes what lies there")
-    resume: str = flag("", "folder of another run of the same configuration, to continue from its checkpoint")
-    seed: int = flag(0, "of weights, order of the data, and noise")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
-    compile: bool = flag(False, "torch.compile the networks; the discriminator only without R1, whose double backward it lacks")
-    gradient_checkpointing: bool = flag(False, "recompute the generator's activations: less memory, more time")
-    workers: int = flag(0, "processes that read pictures")
-    log_every: int = flag(50, "iterations between lines of metrics.jsonl")
-    save_every: int = flag(500, "iterations between checkpoints")
-    sample_every: int = flag(500, "iterations between grids in samples/")
+    out: str = flag("runs/yoso", "the run's folder; the same command again resumes what lies there", "run")
 
-    iterations: int = flag(200_000, "updates of each network; paper: 200k")
-    batch_size: int = flag(256, "global batch, over all processes; paper: 256")
-    micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result; costs a forward")
-    lr: float = flag(2e-4, "Adam learning rate of the generator, constant; paper: 2e-4")
-    lr_d: float = flag(2e-4, "Adam learning rate of the discriminator, constant; paper: 2e-4")
-    lr_decay: float = flag(0.0, "share of the iterations, at the end, in which both rates fall linearly to 0; paper: 0")
-    ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999")
-    image_size: int = flag(32, "pixels; pictures are resized and centre-cropped")
-    flip: bool = flag(True, "mirror the pictures at random, as DDGAN does")
+    preset: str = flag("shapes", "defaults of the other flags; if not given, the one that --model, --dataset, --rank and "
+                       "--adapt call for", "data")
+    model: str = flag("", "what is fine-tuned: a diffusers pipeline of SD or PixArt; empty: train from scratch", "data")
+    lora: str = flag("", "LoRA weights merged into --model first", "data")
+    discriminator: str = flag("", "the pipeline whose UNet gives D and the features; empty: --model; for PixArt: SD 1.5",
+                              "data")
+    dataset: str = flag("shapes", "shapes (drawn by code), cifar10 (downloaded), or a folder of pictures", "data")
+    image_size: int = flag(32, "from scratch: pixels; pictures are resized and centre-cropped", "data", least=1)
+    flip: bool = flag(True, "mirror the pictures at random, as DDGAN does", "data")
+    prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset", "data")
+    generate: int = flag(0, "train on that many pictures that --generator draws first into OUT/data", "data", least=0)
+    generator: str = flag("", "a pipeline of few steps, directory or hub id; YOSO-LoRA: stabilityai/sdxl-turbo", "data")
+    generator_lora: str = flag("", "LoRA weights merged into it; the data flywheel: the first LoRA, on the new base", "data")
+    nfe: int = flag(1, "its network calls a picture", "data", choices=(1, 2, 4))
 
-    levels: int = flag(4, "T, noise levels of DDGAN's schedule; paper: 4")
-    distance: str = flag("lpips", "d of reconstruction and consistency, lpips or l2; paper: LPIPS")
-    lambda_rec: float = flag(1.0, "factor on the reconstruction weight SNR(t); paper: 1")
-    lambda_con: float = flag(1.0, "factor on the consistency weight 1 / (1/SNR(t) - 1/SNR(r)); 0: the ablation; paper: 1")
-    adversary: str = flag("self", "what is real for D: self (YOSO), data (D_adv(p_d || p_t)), ufogen (noisy pictures)")
-    r1: float = flag(0.0, "gamma of R1, gamma/2 |dD/dreal|^2; paper: none named")
-    r1_every: int = flag(8, "iterations between R1 steps, which then weigh r1_every times as much")
+    iterations: int = flag(200_000, "updates of each network; paper: 200k, fine-tuning up to 30k, LoRA 5k", least=1)
+    batch_size: int = flag(256, "global batch, over all processes; paper: 256", least=1)
+    lr: float = flag(2e-4, "learning rate of the generator; paper: 2e-4, fine-tuning 2e-5", above=0)
+    lr_d: float = flag(2e-4, "learning rate of the discriminator; paper: 2e-4, fine-tuning 2e-5", above=0)
+    lr_decay: float = flag(0.0, "share of the iterations, at the end, in which both rates fall linearly to 0; paper: 0",
+                           least=0, most=1)
+    weight_decay: float = flag(0.0, "AdamW's, of both; the authors' fine-tuning script: 0.01", least=0)
+    clip_norm: float = flag(math.inf, "limit of the generator's gradient norm; the authors' fine-tuning script: 1",
+                            above=0, infinite=True)
+    ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999, LoRA 0.999",
+                      least=0, below=1)
+    rank: int = flag(0, "fine-tune a LoRA of this rank instead of all weights; paper: 64", least=0)
+    alpha: int = flag(8, "of the LoRA; the authors' script: 8, peft's default", least=1)
 
-    channels: tuple = flag((128, 288, 288, 288), "generator, by resolution; 288 gives the paper's 48 M parameters (47.3)")
-    layers: int = flag(2, "residual blocks a resolution; NCSN++: 2")
+    levels: int = flag(4, "from scratch: T, noise levels of DDGAN's schedule; paper: 4", least=1)
+    real_offset: int = flag(1, "k in thousandths of the schedule, one level at least: so much less noisy is the real "
+                            "side; paper: one level, fine-tuning 250", least=1)
+    con_offset: int = flag(1, "m, likewise: so much less noisy is the consistency target; paper: one level, fine-tuning 25",
+                           least=1)
+    adversary: str = flag("self", "what is real for D: self (YOSO), data (D_adv(p_d || p_t)), ufogen (noisy pictures)",
+                          choices=("self", "data", "ufogen"))
+    rec_distance: str = flag("lpips", "d of the reconstruction term; latent: Eq. 5; paper: lpips, the authors' fine-tuning "
+                             "script l2, to save compute", choices=("lpips", "l2", "latent"))
+    con_distance: str = flag("lpips", "d of the consistency term; paper: lpips, fine-tuning latent",
+                             choices=("lpips", "l2", "latent"))
+    lambda_rec: float = flag(1.0, "factor on the reconstruction weight min(SNR(t), limit); the authors' fine-tuning "
+                             "script: 0.5", least=0)
+    lambda_con: float = flag(1.0, "factor on the consistency weight min(w(t), limit); 0: the ablation; the authors' "
+                             "fine-tuning script: 2", least=0)
+    con_weight: str = flag("snr", "w(t): snr, 1 / (1/SNR(t) - 1/SNR(t-m)), the paper's; sqrt, of the roots, the authors' "
+                           "fine-tuning script's", choices=("snr", "sqrt"))
+    weight_limit: float = flag(math.inf, "the limit of both weights; the authors' fine-tuning script: 5", above=0,
+                               infinite=True)
+    r1: float = flag(0.0, "gamma of R1, gamma/2 |dD/dreal|^2; paper: none named", least=0)
+    r1_every: int = flag(8, "iterations between R1 steps, which then weigh r1_every times as much", least=1)
+
+    channels: tuple = flag((128, 288, 288, 288), "from scratch: generator, by resolution; 288 gives the paper's 48 M "
+                           "parameters (47.3)", least=4)
+    layers: int = flag(2, "residual blocks a resolution; NCSN++: 2", least=1)
     attention: bool = flag(True, "at the second resolution (16 x 16 of 32) and in the middle, as NCSN++")
-    latent_z: int = flag(100, "size of DDGAN's latent z, 0: none; DDGAN: 100")
-    channels_d: tuple = flag((128, 256, 512, 512), "discriminator, by resolution; DDGAN: 128 256 512 512, 12.7 M")
+    latent_z: int = flag(100, "from scratch: size of DDGAN's latent z, 0: none; DDGAN: 100", least=0)
+    channels_d: tuple = flag((128, 256, 512, 512), "from scratch: discriminator, by resolution; DDGAN: 128 256 512 512",
+                             least=1)
+
+    adapt: bool = flag(False, "first adapt --model to v-prediction and zero terminal SNR")
+    adapt_iterations: int = flag(500, "of each of its two stages; 0: the direct switch; paper: about 1,000 together", least=0)
+    adapt_lr: float = flag(2e-5, "learning rate of the adaptation, constant", above=0)
+    adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: at T an epsilon network's error is amplified",
+                              above=0)
+    prior_num: int = flag(1000, "pictures from which the informative prior is estimated", least=1)
+    teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5", least=0)
 
 
-PRESETS = {
-    "cifar10": dict(),
-    # Measured here on earlier sizes of the shapes, one seed each: lr_d 1e-3 diverged in four of four runs within 1,700
-    # iterations; the weights' factor 1 gave 11 % clean one-step pictures after 2,000 iterations where 5 gave 39 %. The 20 was
-    # chosen by its pictures and not compared with 5 under equal conditions.
-    "shapes": dict(
-        image_size=16, iterations=6500, batch_size=32, lr=1e-3, lr_d=5e-4, lr_decay=0.5, ema=0.998, flip=False, distance="l2",
-        lambda_rec=20.0, lambda_con=20.0, r1=0.02,
-        channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0, channels_d=(16, 32, 64, 128)),
-    # The same recipe for a folder of pictures on a CPU. CIFAR-10, one run each: lr 1e-3, lr_d 5e-4, r1 0.02 and the smaller
-    # discriminator jumped to L_D 3.1 at iteration 300 and stayed at textures; these rates did not, and gave scenes.
-    "small": dict(
-        image_size=32, iterations=8000, batch_size=32, lr=5e-4, lr_d=2e-4, lr_decay=0.5, ema=0.999, distance="l2",
-        lambda_rec=20.0, lambda_con=20.0, r1=0.05,
-        channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0, channels_d=(32, 64, 128, 128)),
+SMALL = dict(
+    batch_size=32, lr_decay=0.5, rec_distance="l2", con_distance="l2", lambda_rec=20.0, lambda_con=20.0,
+    channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0)
+SCRATCH = {
+    "cifar10": dict(dataset="cifar10"),
+    # Measured here on earlier sizes of the shapes, one seed each: lr_d 1e-3 diverged in four of four runs
+    # within 1,700 iterations; the weights' factor 1 gave 11 % clean one-step pictures after 2,000 iterations
+    # where 5 gave 39 %. The 20 was chosen by its pictures and not compared with 5 under equal conditions.
+    "shapes": SMALL | dict(
+        image_size=16, iterations=6500, lr=1e-3, lr_d=5e-4, ema=0.998, flip=False, r1=0.02, channels_d=(16, 32, 64, 128)),
+    # The same recipe for a folder of pictures on a CPU. CIFAR-10, one run each: lr 1e-3, lr_d 5e-4, r1 0.02
+    # and the smaller discriminator jumped to L_D 3.1 at iteration 300 and stayed at textures; these rates did
+    # not, and gave scenes.
+    "small": SMALL | dict(iterations=8000, lr=5e-4, lr_d=2e-4, ema=0.999, r1=0.05, channels_d=(32, 64, 128, 128)),
 }
-
-@dataclass
-class FineTune:
-    """The flags with --model; one field a flag, the text is also its --help."""
-    model: str = flag("assets/mini-sd", "what is fine-tuned: a diffusers pipeline of SD or PixArt, directory or hub id")
-    lora: str = flag("", "LoRA weights merged into it first")
-    discriminator: str = flag("", "the pipeline whose UNet gives D and the features; empty: --model; for PixArt: SD 1.5")
-    dataset: str = flag("", "captioned pictures: shapes, cifar10 or a folder; or see --generate")
-    prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset")
-    generate: int = flag(0, "train on that many pictures that --generator draws first into OUT/data, instead of on --dataset")
-    generator: str = flag("", "a pipeline of few steps, directory or hub id; YOSO-LoRA: stabilityai/sdxl-turbo")
-    generator_lora: str = flag("", "LoRA weights merged into it; the data flywheel: the first LoRA, on the new base")
-    nfe: int = flag(1, "its network calls a picture: 1, 2 or 4")
-    preset: str = flag("full", "defaults of the other flags: full, lora (with --rank), pixart; for the mini model shapes (with "
-                       "--adapt), shapes-epsilon, shapes-lora (with --rank)")
-    out: str = flag("runs/yoso_t2i", "the run's folder; the same command again resumes what lies there")
-    resume: str = flag("", "folder of another run of the same configuration, to continue from its checkpoint")
-    seed: int = flag(0, "of weights, order of the data, and noise")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("fp32", "fp32, or bf16 for the networks (weights and losses stay fp32)")
-    compile: bool = flag(False, "torch.compile the networks; not the generator with --rank, whose adapters are switched")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    workers: int = flag(0, "processes that read pictures")
-    shard: bool = flag(False, "FSDP2: every process keeps its part of the networks' weights, gradients, moments and averages")
-    log_every: int = flag(50, "iterations between lines of metrics.jsonl")
-    save_every: int = flag(500, "iterations between checkpoints")
-    sample_every: int = flag(500, "iterations between grids in samples/")
-
-    iterations: int = flag(30_000, "updates of each network; paper: up to 30k, LoRA 5k")
-    batch_size: int = flag(256, "global batch, over all processes; paper: 256")
-    micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result; costs a forward")
-    lr: float = flag(2e-5, "AdamW learning rate of the generator, constant; paper: 2e-5")
-    lr_d: float = flag(2e-5, "AdamW learning rate of the discriminator, constant; paper: 2e-5")
-    weight_decay: float = flag(0.01, "of both; the authors' script: 0.01")
-    clip_norm: float = flag(1.0, "gradient norm of the generator; the authors' script: 1")
-    ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999, LoRA 0.999")
-    rank: int = flag(0, "train a LoRA of this rank instead of all weights; paper: 64")
-    alpha: int = flag(8, "of the LoRA; the authors' script: 8, peft's default")
-
-    real_offset: int = flag(250, "k of Eq. 6: the real side is k of 1,000 timesteps less noisy; paper: 250")
-    con_offset: int = flag(25, "m of Eq. 6: the consistency target is m timesteps less noisy; paper: 25")
-    adversary: str = flag("self", "what is real for D: self (YOSO), or data (D_adv(p_d || p_t))")
-    con_distance: str = flag("latent", "d of the consistency term: latent (Eq. 5), or l2")
-    rec_distance: str = flag("l2", "d of the reconstruction term; the authors' script: l2, to save compute")
-    lambda_rec: float = flag(0.5, "factor on the reconstruction weight min(SNR(t), limit); the authors' script: 0.5")
-    lambda_con: float = flag(2.0, "factor on the consistency weight min(w(t), limit); 0: the ablation; the authors' script: 2")
-    con_weight: str = flag("sqrt", "w(t): sqrt, 1 / (SNR(t)^-1/2 - SNR(t-m)^-1/2), of the authors' script, or snr, without the roots")
-    weight_limit: float = flag(5.0, "the limit; the authors' script: 5 for both")
-
-    adapt: bool = flag(False, "first adapt the network to v-prediction and zero terminal SNR")
-    adapt_iterations: int = flag(500, "of each of its two stages; 0: the direct switch; paper: about 1,000 together")
-    adapt_lr: float = flag(2e-5, "AdamW learning rate of the adaptation, constant")
-    adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: at T an epsilon network's error is amplified")
-    cache_latents: bool = flag(False, "encode all pictures and captions once, float16, to OUT/cache; no text encoder on the device")
-    prior_num: int = flag(1000, "pictures from which the informative prior is estimated")
-    teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5")
-
-
-SHAPES = dict(dataset="shapes", iterations=2000, batch_size=32, lr=2e-4, lr_d=2e-4, ema=0.998, lambda_con=0.5, save_every=250,
-              adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
-FINE_TUNE_PRESETS = {
-    "full": dict(),
-    "lora": dict(rank=64, ema=0.999, iterations=5000),
-    "pixart": dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
-    "shapes": SHAPES,  # measured here, as the next two: README, results
-    "shapes-epsilon": SHAPES | dict(lr=5e-5, lr_d=5e-5, lambda_con=2.0),
-    "shapes-lora": SHAPES | dict(rank=64, alpha=64, lr=5e-4, iterations=1300),
+FULL = dict(
+    out="runs/yoso_t2i", dataset="", flip=False, iterations=30_000, lr=2e-5, lr_d=2e-5, weight_decay=0.01, clip_norm=1.0,
+    real_offset=250, con_offset=25, latent_z=0, rec_distance="l2", con_distance="latent", lambda_rec=0.5, lambda_con=2.0, con_weight="sqrt", weight_limit=5.0)
+MINI = FULL | dict(
+    model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, save_every=250,
+    adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
+FINE_TUNE = {
+    "full": FULL,
+    "lora": FULL | dict(rank=64, ema=0.999, iterations=5000),
+    "pixart": FULL | dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
+    # Of assets/mini-sd, measured here: README, results.
+    "mini": MINI | dict(lr=2e-4, lr_d=2e-4, lambda_con=0.5),
+    "mini-epsilon": MINI | dict(lr=5e-5, lr_d=5e-5),
+    "mini-lora": MINI | dict(rank=64, alpha=64, lr=5e-4, lr_d=2e-4, lambda_con=0.5, iterations=1300),
 }
+PRESETS = SCRATCH | FINE_TUNE
 
 
 def preset_of(given):
     """The preset that fits the flags given: a real model must not get the mini model's rates."""
-    if Path(given.get("model", FineTune.model)) == Path(FineTune.model):
-        return "shapes-lora" if given.get("rank") else "shapes" if given.get("adapt") else "shapes-epsilon"
+    if not given.get("model"):
+        dataset = given.get("dataset", Config.dataset)
+        return dataset if dataset in SCRATCH else "small"
+    if Path(given["model"]) == Path(MINI["model"]):
+        return "mini-lora" if given.get("rank") else "mini" if given.get("adapt") else "mini-epsilon"
     return "lora" if given.get("rank") else "full"
 
 
@@ -248,80 +212,97 @@ def adversarial_loss(fake_logits):
 
 
 def r1_penalty(real_logits, real):
-    """Mean over the batch of |d D(real) / d real|^2 (Mescheder et al., 2018); real [B, C, H, W] requires grad."""
-    gradient, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+    """Mean over the batch of |d D(real) / d real|^2 (Mescheder et al., 2018); real [B, C, H, W] requires
+    grad.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        gradient, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
 
 def reconstruction_weight(snr_t):
-    """lambda_t = SNR(t), [B]: with a squared distance it makes the term a plain error in epsilon (section 4.2)."""
+    """lambda_t = SNR(t), [B]: with a squared distance it makes the term a plain error in epsilon (section
+    4.2).
+    """
     return snr_t
 
 
 def consistency_weight(snr_t, snr_r):
-    """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1). At r = 0, SNR(r) is infinite and the weight SNR(t)."""
+    """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1). At r = 0, SNR(r) is infinite and the
+    weight SNR(t).
+    """
     return 1 / (1 / snr_t - 1 / snr_r)
 
 
 def sqrt_consistency_weight(snr_t, snr_r):
-    """1 / (SNR(t)^-1/2 - SNR(r)^-1/2), [B], the weight of the authors' fine-tuning script; infinite at t = r, 0 where SNR(t) = 0."""
+    """1 / (SNR(t)^-1/2 - SNR(r)^-1/2), [B], the weight of the authors' fine-tuning script; infinite at t = r,
+    0 where SNR(t) = 0.
+    """
     return 1 / (snr_t**-0.5 - snr_r**-0.5)
 
 
-def generator_loss(fake, x0, target, fake_logits, lambda_rec, lambda_con, distance=squared_distance, con_distance=None):
-    """L_G, Eq. 4's and 6's minimisation over theta: lambda_t d(fake, x0) + lambda_con d(fake, sg[target]) + softplus(-D(fake)).
+def generator_loss(fake_logits, d_rec, d_con, lambda_rec, lambda_con):
+    """L_G, Eq. 4's and 6's minimisation over theta: lambda_t d(fake, x0) + lambda_con d(fake, sg[target]) +
+    softplus(-D(fake)).
 
-    fake, x0, target [B, C, H, W]; fake_logits = D(fake), with its graph to fake, [B]; weights [B]; distance, con_distance (if it
-    is another): two batches -> [B]; target None: without consistency. Returns the sum and its three parts.
+    All [B]: fake_logits = D(fake), d_rec = d(fake, x0), d_con = d(fake, target), each with its graph to fake
+    alone, and the weights. d_con None: without consistency. Returns the sum and its three parts.
     """
-    L_rec = (lambda_rec * distance(fake, x0)).mean()
-    L_con = torch.zeros_like(L_rec) if target is None else (lambda_con * (con_distance or distance)(fake, target.detach())).mean()
+    L_rec = (lambda_rec * d_rec).mean()
+    L_con = torch.zeros_like(L_rec) if d_con is None else (lambda_con * d_con).mean()
     L_adv = adversarial_loss(fake_logits)
     return L_rec + L_con + L_adv, dict(L_rec=L_rec, L_con=L_con, L_adv=L_adv)
 
 
-def adversarial_pair(adversary, schedule, fake, target, x0, x_r, t, noise):
-    """What D compares, and the level it is told: (real, fake, level).
+def weights_of(con_weight, schedule, t, t_con):
+    """(lambda_t, lambda_t^con) without their factors, [B] each."""
+    snr_t, snr_con = schedule.snr(t), schedule.snr(t_con)
+    weight = sqrt_consistency_weight if con_weight == "sqrt" else consistency_weight
+    return reconstruction_weight(snr_t), weight(snr_t, snr_con)
 
-    "self": YOSO, Eq. 3. "data": D_adv(p_d || p_t), Eq. 2. "ufogen": UFOGen's critic in the noisy space at r = t-1, where
-    the prediction is noised afresh with `noise` (Xu et al., 2023; reconstruction and consistency stay on clean pictures).
+
+def adversarial_pair(adversary, schedule, p, fake):
+    """What D compares, and the level it is told: (real, fake, level), of a part p of train_step.
+
+    "self": YOSO, Eq. 3: G's less noisy prediction is real, and D is told the fake's level t. "data":
+    D_adv(p_d || p_t), Eq. 2. "ufogen": UFOGen's critic in the noisy space at t - k, where the data have p's
+    eps and the prediction is noised afresh (Xu et al., 2023; reconstruction and consistency stay on clean
+    pictures).
     """
     match adversary:
         case "self":
-            return target.detach(), fake, t
+            return p.real, fake, p.t
         case "data":
-            return x0, fake, t
+            return p.x0, fake, p.t
         case "ufogen":
-            return x_r, schedule.add_noise(fake, noise, t - 1), t - 1
-
-def boundary(t):
-    """(c_skip, c_out), [B] each, of G(x_t, t) = c_skip x_t + c_out x0_prediction: G(x, 0) = x, and the prediction from t = 1 on.
-
-    The consistency models' boundary condition as LCMScheduler has it, so that an exported G samples in diffusers as here.
-    """
-    scaled = 10.0 * t.float()
-    return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25)**0.5
+            return schedule.add_noise(p.x0, p.eps, p.t_real), schedule.add_noise(fake, p.noise, p.t_real), p.t_real
 
 
 def adaptation_target(eps, x0, schedule, t):
-    """The velocity alpha_t eps - sigma_t x0 on the student's schedule, for the teacher's eps and x0 [B, C, H, W], t [B].
+    """The velocity alpha_t eps - sigma_t x0 on the student's schedule, for the teacher's eps and x0 [B, C, H,
+    W], t [B].
 
-    Stage I of section 5.2: the student's schedule is the teacher's, and this is the teacher's own v. Stage II: the rescaled one;
-    with the teacher's coefficients instead, as printed, a perfect student's x0 would keep a share of the noise.
+    Stage I of section 5.2: the student's schedule is the teacher's, and this is the teacher's own v. Stage
+    II: the rescaled one; with the teacher's coefficients instead, as printed, a perfect student's x0 would
+    keep a share of the noise.
     """
     alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
     return alpha * eps - sigma * x0
 
 
 def adaptation_loss(v, target):
-    """Mean squared error of v, weight 1: SNR as the weight would vanish at T, where a one-step model lives; [B, C, H, W] twice."""
+    """Mean squared error of v, weight 1: SNR as the weight would vanish at T, where a one-step model lives;
+    [B, C, H, W] twice.
+    """
     return (v - target).square().mean()
 
 
 def add_differences(base, high, tuned, alpha, beta):
-    """Eq. 7, key by key: base + alpha (high - base) + beta (tuned - base); 1, 1 carries one-step weights to a higher resolution.
+    """Eq. 7, key by key: base + alpha (high - base) + beta (tuned - base); 1, 1 carries one-step weights to a
+    higher resolution.
 
-    State dicts. What belongs to the resolution alone, missing from one of the others or of another shape there, is high's.
+    State dicts. What belongs to the resolution alone, missing from one of the others or of another shape
+    there, is high's.
     """
     shared = {key for key, value in high.items()
               if all(key in other and other[key].shape == value.shape for other in (base, tuned))}
@@ -331,36 +312,65 @@ def add_differences(base, high, tuned, alpha, beta):
 
 # Networks
 
-class Generator(nn.Module):
-    """G(x_t, t, z) -> x0, [B, 3, H, W]: a UNet2DModel whose identity class embedding carries the mapped latent z."""
+def ddgan_betas(levels=4, beta_min=0.1, beta_max=20.0, eps=1e-3):
+    """The few-level VP schedule of DDGAN (Xiao et al., 2022), which YOSO uses from scratch: levels + 1 betas.
 
-    def __init__(self, config):
+    Level 0 is clean data (its beta is 1e-8, as in DDGAN), level `levels` almost pure noise.
+    """
+    tau = np.linspace(0, 1, levels + 1) * (1 - eps) + eps
+    alphas_cumprod = np.exp(-tau**2 * (beta_max - beta_min) / 2 - tau * beta_min)
+    return [1e-8, *(1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).tolist()]
+
+
+def scratch_scheduler(levels):
+    """DDGAN's levels as an LCMScheduler: timestep k is level k, timestep 0 clean data; the network predicts
+    x0.
+
+    It samples as `draw_pictures` does: timestep_scaling switches off LCM's fade into x_t at every level above
+    0.
+    """
+    return LCMScheduler(num_train_timesteps=levels + 1, trained_betas=ddgan_betas(levels), prediction_type="sample",
+                        original_inference_steps=levels + 1, timestep_scaling=1e4, clip_sample=True)
+
+
+class Mapping(nn.Module):
+    """DDGAN's mapping network z -> style [B, width]: four layers of width 256, then to the width of the time
+    embedding.
+    """
+
+    def __init__(self, latent_z, width):
         super().__init__()
-        down, up = ["DownBlock2D"] * len(config.channels), ["UpBlock2D"] * len(config.channels)
-        if config.attention:
-            down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
-        has_z = config.latent_z > 0
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 and c >= 4 * g for c in config.channels))
-        self.unet = UNet2DModel(
-            sample_size=config.image_size, block_out_channels=config.channels, layers_per_block=config.layers,
-            down_block_types=down, up_block_types=up, add_attention=config.attention, norm_num_groups=groups,
-            class_embed_type="identity" if has_z else None, resnet_time_scale_shift="scale_shift" if has_z else "default")
-        self.mapping = None
-        if has_z:
-            # DDGAN's mapping network: four layers of width 256, then to the width of the time embedding.
-            widths = [config.latent_z, 256, 256, 256, 256]
-            layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
-            self.mapping = nn.Sequential(*layers, nn.Linear(256, 4 * config.channels[0]))
+        widths = [latent_z, 256, 256, 256, 256]
+        layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(256, width))
 
-    def forward(self, x_t, t, z=None):
-        """x_t [B, 3, H, W], t [B], z [B, latent_z] or None -> x0 [B, 3, H, W]."""
-        # z has unit RMS, as after StyleGAN's PixelNorm.
-        style = self.mapping(F.normalize(z, dim=1) * z.shape[1]**0.5) if self.mapping else None
-        return self.unet(x_t, t, class_labels=style).sample
+    def forward(self, z):
+        """z [B, latent_z], scaled to unit RMS, as by StyleGAN's PixelNorm."""
+        return self.layers(F.normalize(z, dim=1) * z.shape[1]**0.5)
+
+
+def scratch_generator(config):
+    """G(x_t, t, z) -> x0: a UNet2DModel whose class embedding is the mapping network of z, so that z is its
+    condition.
+    """
+    down, up = ["DownBlock2D"] * len(config.channels), ["UpBlock2D"] * len(config.channels)
+    if config.attention:
+        down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 and c >= 4 * g for c in config.channels))
+    has_z = config.latent_z > 0
+    unet = UNet2DModel(
+        sample_size=config.image_size, block_out_channels=config.channels, layers_per_block=config.layers,
+        down_block_types=down, up_block_types=up, add_attention=config.attention, norm_num_groups=groups,
+        class_embed_type="identity" if has_z else None, resnet_time_scale_shift="scale_shift" if has_z else "default")
+    if has_z:
+        unet.class_embedding = Mapping(config.latent_z, 4 * config.channels[0])
+    return unet
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions with the time embedding between them, halving the resolution if `down`, and a skip."""
+    """Two 3x3 convolutions with the time embedding between them, halving the resolution if `down`, and a
+    skip.
+    """
 
     def __init__(self, c_in, c_out, c_time, down):
         super().__init__()
@@ -376,10 +386,11 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x, t) -> logits [B], time-conditional and residual like DDGAN's: x [B, 3, H, W] clean (noisy for UFOGen), t [B].
+    """D(x, t) -> logits [B], time-conditional and residual like DDGAN's: x [B, 3, H, W] clean (noisy for
+    UFOGen), t [B].
 
-    Groups of four neighbours in the batch share a standard deviation as one more feature, so the batch is a multiple of 4.
-    The last layer starts at zero: logits 0, L_D = 2 ln 2.
+    Groups of four neighbours in the batch share a standard deviation as one more feature, so the batch is a
+    multiple of 4. The last layer starts at zero: logits 0, L_D = 2 ln 2.
     """
 
     GROUP = 4
@@ -395,13 +406,14 @@ class Discriminator(nn.Module):
                                     for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
         self.final, self.end = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1), nn.Linear(widths[-1], 1)
         for module in self.modules():
-            # torch's default initialisation shrinks the signal in every layer: L_D 1.38 after 1,000 iterations against 1.15.
+            # torch's default initialisation shrinks the signal in every layer: L_D 1.38 after 1,000
+            # iterations against 1.15.
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, a=0.2)
         nn.init.zeros_(self.end.weight), nn.init.zeros_(self.end.bias)
 
-    def forward(self, x, t):
-        """x [B, 3, H, W], t [B] -> logits [B]."""
+    def forward(self, x, t, cond=None):
+        """x [B, 3, H, W], t [B] -> logits [B]; from scratch there is no condition that D is told."""
         time, h = F.silu(self.time(t)), self.start(x)
         for block in self.blocks:
             h = block(h, time)
@@ -410,10 +422,13 @@ class Discriminator(nn.Module):
         h = torch.cat([h, deviation.view(-1, 1, 1, 1).expand(-1, 1, *h.shape[2:])], 1)
         return self.end(F.leaky_relu(self.final(h), 0.2).sum((2, 3)))[:, 0]
 
-class LatentDiscriminator(nn.Module):
-    """D(x, t, c) -> logits [B] on latents: half of a pretrained UNet, all of it trainable, then attention pooling and a head.
 
-    The pooling is CLIP's: the mean of the places asks, all places answer. The last layer starts at zero: logits 0, L_D = 2 ln 2.
+class LatentDiscriminator(nn.Module):
+    """D(x, t, c) -> logits [B] on latents: half of a pretrained UNet, all of it trainable, then attention
+    pooling and a head.
+
+    The pooling is CLIP's attention: query = mean token, keys = values = all tokens. The last layer starts at
+    zero: logits 0, L_D = 2 ln 2.
     """
 
     def __init__(self, unet, size, width=512):
@@ -423,7 +438,7 @@ class LatentDiscriminator(nn.Module):
         self.norm = nn.GroupNorm(math.gcd(32, channels), channels)
         self.position = nn.Parameter(torch.randn(1 + places, channels) / channels**0.5)
         self.attention = nn.MultiheadAttention(channels, max(1, channels // 16), batch_first=True)
-        self.project, self.end = nn.Linear(channels, width), nn.Linear(width, 1)
+        self.attention.out_proj, self.end = nn.Linear(channels, width), nn.Linear(width, 1)
         nn.init.zeros_(self.end.weight), nn.init.zeros_(self.end.bias)
 
     def forward(self, x, t, cond):
@@ -431,407 +446,348 @@ class LatentDiscriminator(nn.Module):
         h = F.silu(self.norm(self.features(x, t, cond))).flatten(2).transpose(1, 2)
         h = torch.cat([h.mean(1, keepdim=True), h], 1) + self.position
         h = self.attention(h[:, :1], h, h, need_weights=False)[0]
-        return self.end(F.silu(self.project(h)))[:, 0, 0]
+        return self.end(F.silu(h))[:, 0, 0]
+
+
+# The cast
+
+@dataclass
+class Models:
+    """Who takes part in a step. `generator` and `discriminator` run their current weights; the average only
+    samples.
+    """
+    generator: Denoiser       # G: all weights, or the LoRA "student" on frozen ones; trained by optimizer_g, averaged by ema
+    discriminator: nn.Module  # D(x, t, cond) -> logits: trained by optimizer_d, frozen while G is updated
+    codec: Codec              # frozen: pictures <-> x0, captions -> G's condition; from scratch x0 is the picture
+    codec_d: Codec            # frozen: captions -> D's and h's condition; the codec itself unless --discriminator names one
+    half: HalfUNet | None     # h of Eq. 5: frozen, the pretrained weights; None from scratch
+    distances: dict           # name -> (features(x, cond), distance of two features -> [B]), frozen
+    optimizer_g: torch.optim.Optimizer
+    optimizer_d: torch.optim.Optimizer
+    ema: EMA                  # of G's trained weights
+
+
+def load_networks(config, run):
+    """(start, codec, discriminator, half, codec_d): what G starts from, frozen, and the rest of the cast as
+    in Models.
+
+    Raises UserError if the flags do not fit the pipelines.
+    """
+    if not config.model:
+        pipe = DDPMPipeline(scratch_generator(config).to(run.device), scratch_scheduler(config.levels))
+        schedule = NoiseSchedule.from_config(pipe.scheduler.config).to(run.device)
+        discriminator = Discriminator(config).to(run.device)
+        shard(config, pipe.unet, discriminator)
+        codec = Codec(pipe)
+        return Denoiser(pipe.unet, schedule, "sample"), codec, discriminator, None, codec
+    start, codec = load(config.model, run.device, config.lora)
+    if codec.vae is None:
+        raise UserError(f"--model {config.model}: works on pixels; give an SD, SDXL or PixArt pipeline")
+    if config.adapt and ends_in_noise(start):
+        raise UserError(f"--adapt: {config.model} has zero terminal SNR already; leave the flag out")
+    other, codec_d = load(config.discriminator, run.device) if config.discriminator else (start, codec)
+    if not isinstance(other.net, UNet2DConditionModel):
+        raise UserError(f"--discriminator: {config.discriminator or config.model} has no UNet to make one from; "
+                        "give SD 1.5, which has the same latents")
+    latents = [(c.shape[0], c.vae.config.scaling_factor) for c in (codec_d, codec)]
+    if latents[0] != latents[1]:
+        raise UserError(f"--discriminator {config.discriminator}: its latents have {latents[0][0]} channels and the scale "
+                        f"{latents[0][1]}, --model's {latents[1][0]} and {latents[1][1]}; give two of the same VAE")
+    # The frozen half shares the weights of a network that stays frozen too.
+    half = HalfUNet(other.net, share=bool(config.rank or config.adapt or config.discriminator) and not config.shard)
+    discriminator = LatentDiscriminator(other.net, codec.shape[-1]).to(run.device)
+    if other is not start:  # it is not called again
+        (other.net if config.shard else other.net.up_blocks).to("meta")
+    shard(config, start.net, half, discriminator)
+    return start, codec, discriminator, half, codec_d
+
+
+def ends_in_noise(denoiser):
+    """Whether the last level of its schedule is pure noise (zero terminal SNR)."""
+    return denoiser.schedule.alpha[-1].item() < 1e-3
+
+
+def build(config, run, networks=None):
+    """The cast of a run; networks: what load_networks gave, its start perhaps adapted, else they are loaded
+    here.
+    """
+    start, codec, discriminator, half, codec_d = networks or load_networks(config, run)
+    if config.rank:
+        generator = start.with_lora("student", config.rank, config.alpha)
+    else:
+        start.net.requires_grad_(True)
+        generator = start
+    if config.gradient_checkpointing:
+        enable_checkpointing(generator.net)
+        if half:
+            enable_checkpointing(discriminator.features.unet)
+    if config.compile:
+        for network in (None if config.rank else generator.net, None if config.r1 else discriminator, half):
+            if network is not None:
+                network.compile()
+    distances = dict(l2=(lambda x, cond: x, squared_distance))
+    if half:
+        distances["latent"] = lambda x, cond: half(x, x.new_zeros(len(x), dtype=torch.long), cond).float(), squared_distance
+    if "lpips" in (config.rec_distance, config.con_distance):
+        features, distance = load_distance("lpips", run.device)
+        distances["lpips"] = lambda x, cond: features(x), distance
+    optimizer_g, optimizer_d = (
+        torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+        for parameters, lr, betas in ((generator.trainable().values(), config.lr, (0.9, 0.999)),
+                                      (discriminator.parameters(), config.lr_d, (0.0, 0.999))))
+    return Models(generator, discriminator, codec, codec_d, half, distances, optimizer_g, optimizer_d,
+                  EMA(generator.trainable().items(), config.ema))
 
 
 # Updates
 
-def train_step(iteration, x0, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d):
-    """Steps 1-5 of the algorithm on this rank's x0 [B, 3, H, W]; returns the scalars to log."""
-    # 1. Same eps and z for both levels.
-    draw = run.draws(iteration)
-    batch = dict(t=draw.randint(1, config.levels + 1), eps=draw.randn(*x0.shape[1:]), noise=draw.randn(*x0.shape[1:]))
-    batch["x0"] = torch.where(draw.randint(0, 2).bool()[:, None, None, None], x0.flip(3), x0) if config.flip else x0
-    batch["z"] = draw.randn(config.latent_z)
-    parts = [{k: v[rows] for k, v in batch.items()} for rows in run.micro_batches]
-
-    # 2, 3. One forward of G(x_t, t) serves both updates. With micro-batches that would keep the graphs of all of them, so
-    # there the generator's update repeats the forward.
-    keep_graph = len(parts) == 1
-    for p in parts:
-        p["x_t"], p["x_r"] = schedule.add_noise(p["x0"], p["eps"], p["t"]), schedule.add_noise(p["x0"], p["eps"], p["t"] - 1)
-        with run.autocast():
-            with torch.set_grad_enabled(keep_graph):
-                p["fake"] = generator(p["x_t"], p["t"], p["z"]).float()
-            with torch.no_grad():
-                less_noisy = generator(p["x_r"], p["t"] - 1, p["z"]).float()
-        p["target"] = torch.where((p["t"] == 1)[:, None, None, None], p["x0"], less_noisy)
-
-    scalars = update_discriminator(iteration, parts, run, config, schedule, discriminator, optimizer_d)
-    return scalars | update_generator(parts, keep_graph, run, config, schedule, distance, generator, discriminator, optimizer_g)
-
-
-def update_discriminator(iteration, parts, run, config, schedule, discriminator, optimizer):
-    """Step 4: one step of D on the detached pictures."""
-    with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
-    optimizer.zero_grad()
-    scalars = []
-    for p in parts:
-        real, fake, level = adversarial_pair(config.adversary, schedule, p["fake"].detach(), p["target"], p["x0"], p["x_r"],
-                                             p["t"], p["noise"])
-        real = real.detach().requires_grad_(with_r1)
-        with run.autocast():
-            logits = discriminator(torch.cat([real, fake]), torch.cat([level, level])).float()
-        real_logits, fake_logits = logits.chunk(2)
-        L_D = discriminator_loss(real_logits, fake_logits)
-        penalty = config.r1 / 2 * config.r1_every * r1_penalty(real_logits, real) if with_r1 else 0.0
-        ((L_D + penalty) / len(parts)).backward()
-        scalars.append(dict(L_D=L_D, D_real=real_logits.mean(), D_fake=fake_logits.mean()))
-    run.average_gradients(discriminator.parameters())
-    optimizer.step()
-    return mean_of(scalars)
-
-
-def update_generator(parts, keep_graph, run, config, schedule, distance, generator, discriminator, optimizer):
-    """Step 5: one step of G through the just updated, frozen D; the gradient reaches theta through `fake` alone."""
-    optimizer.zero_grad()
-    discriminator.requires_grad_(False)
-    scalars = []
-    for p in parts:
-        with run.autocast():
-            fake = p["fake"] if keep_graph else generator(p["x_t"], p["t"], p["z"]).float()
-            _, seen, level = adversarial_pair(config.adversary, schedule, fake, p["target"], p["x0"], p["x_r"],
-                                              p["t"], p["noise"])
-            fake_logits = discriminator(seen, level).float()
-        snr_t, snr_r = schedule.snr(p["t"]), schedule.snr(p["t"] - 1)
-        L_G, losses = generator_loss(fake, p["x0"], p["target"], fake_logits, config.lambda_rec * reconstruction_weight(snr_t),
-                                     config.lambda_con * consistency_weight(snr_t, snr_r), distance)
-        (L_G / len(parts)).backward()
-        scalars.append(losses)
-    discriminator.requires_grad_(True)
-    run.average_gradients(generator.parameters())
-    optimizer.step()
-    return mean_of(scalars)
-
-
-def predict_x0(denoiser, x_t, t, cond):
-    """G(x_t, t, c) of a pretrained network, whatever it predicts: [B, C, H, W]."""
-    c_skip, c_out = (c.view(-1, 1, 1, 1) for c in boundary(t))
-    return c_skip * x_t + c_out * denoiser.predict(x_t, t, "sample", cond)
-
-
-def predict_from(generator, p, t):
-    """G's prediction from level t of a part's data and noise."""
-    return predict_x0(generator, generator.schedule.add_noise(p["x0"], p["eps"], t), t, p["cond"])
-
-
-def fine_tune_step(iteration, pictures, captions, run, config, codec, codec_d, generator, discriminator, features, parameters,
-                   optimizer_g, optimizer_d):
-    """Steps 1-5 in the latent space, on this rank's pictures [B, 3, H, W] and captions; returns the scalars to log.
-
-    codec_d: whose text encoder conditions D and the frozen features; parameters: those of the generator that are trained.
+def predict_x0(generator, p, level):
+    """G(x_level, level) from the part's data and noise; at level 0 the data x0 itself, for p^(0) is the data
+    in Eq. 3.
     """
-    # 1. Same eps for all three levels.
-    draw, schedule = run.draws(iteration), generator.schedule
-    cond = codec.cond(captions)
-    batch = dict(t=draw.randint(0, len(schedule)), eps=draw.randn(*codec.shape), pictures=pictures, cond=cond,
-                 cond_d=cond if codec_d is codec else codec_d.cond(captions))
-    parts = [{name: part_of(value, rows) for name, value in batch.items()} for rows in run.micro_batches]
-    t_real, t_con = (max(1, round(offset * len(schedule) / 1000)) for offset in (config.real_offset, config.con_offset))
+    x_level = generator.schedule.add_noise(p.x0, p.eps, level)
+    return torch.where((level > 0).view(-1, 1, 1, 1), generator.predict(x_level, level, "sample", p.cond), p.x0)
 
-    # 2, 3. As from scratch, one forward of G(x_t, t) serves both updates where its graph can be kept.
+
+def condition(codec, captions, draw, latent_z):
+    """What G is told beside x_t and t: the captions' embedding; from scratch a fresh latent z, or nothing."""
+    return dict(class_labels=draw.randn(latent_z)) if latent_z else codec.cond(captions)
+
+
+def distances_of(fake, p, config, distances):
+    """(d(fake, x0), d(fake, target)), [B] each, with the gradient to fake, whose features are computed once
+    for both.
+    """
+    names = {config.rec_distance, *([config.con_distance] if config.lambda_con else [])}
+    of_fake = {name: distances[name][0](fake, p.cond_d) for name in names}
+
+    def distance_to(x, name):
+        features, distance = distances[name]
+        with torch.no_grad():
+            of_x = features(x, p.cond_d)
+        return distance(of_fake[name], of_x)
+
+    return distance_to(p.x0, config.rec_distance), distance_to(p.target, config.con_distance) if config.lambda_con else None
+
+
+def train_step(iteration, pictures, captions, config, run, models):
+    """Algorithm 1 on this rank's pictures [B, 3, H, W] in [-1, 1] and captions [B]; returns the scalars to
+    log.
+    """
+    G, D, schedule, draw = models.generator, models.discriminator, models.generator.schedule, run.draws(iteration)
+    k, m = (max(1, round(offset * len(schedule) / 1000)) for offset in (config.real_offset, config.con_offset))
+
+    # 1. One t and one eps a sample; its three levels share them.
+    t, eps, noise = draw.randint(1, len(schedule)), draw.randn(*models.codec.shape), draw.randn(*models.codec.shape)
+    if config.flip:
+        pictures = torch.where(draw.randint(0, 2).bool().view(-1, 1, 1, 1), pictures.flip(3), pictures)
+    cond = condition(models.codec, captions, draw, config.latent_z)
+    cond_d = cond if models.codec_d is models.codec else models.codec_d.cond(captions)
+    parts = run.split(pictures=pictures, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps,
+                      noise=noise, cond=cond, cond_d=cond_d)
+
+    # 2, 3. One forward of G(x_t, t) serves both updates. With several micro-batches that would keep all their
+    # graphs: there the generator's update repeats the forward.
     keep_graph = len(parts) == 1
     for p in parts:
         with torch.no_grad():
-            p["x0"] = codec.encode(p["pictures"])  # the posterior's mean: D would take its noise for a mark of what is real
-        p["t_con"] = (p["t"] - t_con).clamp(min=0)
-        with run.autocast():
-            with torch.set_grad_enabled(keep_graph):
-                p["fake"] = predict_from(generator, p, p["t"])
-            with torch.no_grad():
-                p["real"] = predict_from(generator, p, (p["t"] - t_real).clamp(min=0)) if config.adversary == "self" else p["x0"]
-                p["target"] = predict_from(generator, p, p["t_con"]) if config.lambda_con else None
+            p.x0 = models.codec.encode(p.pictures)  # the mean: D would take the posterior's noise for a mark of the data
+        with run.autocast(), torch.set_grad_enabled(keep_graph):
+            p.fake = predict_x0(G, p, p.t)
+        with run.autocast(), torch.no_grad():
+            p.real = predict_x0(G, p, p.t_real) if config.adversary == "self" else p.x0
+            if config.lambda_con:
+                p.target = p.real if k == m and config.adversary == "self" else predict_x0(G, p, p.t_con)
 
-    scalars = update_latent_discriminator(parts, run, discriminator, optimizer_d)
-    return scalars | update_pretrained(parts, keep_graph, run, config, generator, discriminator, features, parameters, optimizer_g)
-
-
-def update_latent_discriminator(parts, run, discriminator, optimizer):
-    """Step 4 in the latent space; both sides go in with the fake's t and caption."""
-    optimizer.zero_grad()
-    scalars = []
-    for p in parts:
-        with run.autocast():
-            twice = map_cond(lambda v: torch.cat([v, v]), p["cond_d"])
-            logits = discriminator(torch.cat([p["real"], p["fake"].detach()]), torch.cat([p["t"], p["t"]]), twice).float()
-        real_logits, fake_logits = logits.chunk(2)
+    def loss_D(p):  # 4. Both sides are detached; R1 asks for the gradient at the real side.
+        real, fake, level = adversarial_pair(config.adversary, schedule, p, p.fake.detach())
+        real = real.detach().requires_grad_(with_r1)
+        twice = map_cond(lambda v: torch.cat([v, v]), p.cond_d)
+        real_logits, fake_logits = D(torch.cat([real, fake]), torch.cat([level, level]), twice).float().chunk(2)
         L_D = discriminator_loss(real_logits, fake_logits)
-        (L_D / len(parts)).backward()
-        scalars.append(dict(L_D=L_D, D_real=real_logits.mean(), D_fake=fake_logits.mean()))
-    run.average_gradients(discriminator.parameters())
-    optimizer.step()
-    return mean_of(scalars)
+        penalty = config.r1 / 2 * config.r1_every * r1_penalty(real_logits, real) if with_r1 else 0.0
+        return L_D + penalty, dict(L_D=L_D, D_real=real_logits.mean(), D_fake=fake_logits.mean())
+
+    def loss_G(p):  # 5. The gradient reaches theta through `fake` alone, in all three terms.
+        fake = p.fake if keep_graph else predict_x0(G, p, p.t)
+        _, seen, level = adversarial_pair(config.adversary, schedule, p, fake)
+        w_rec, w_con = (w.clamp(max=config.weight_limit) for w in weights_of(config.con_weight, schedule, p.t, p.t_con))
+        return generator_loss(D(seen, level, p.cond_d).float(), *distances_of(fake, p, config, models.distances),
+                              config.lambda_rec * w_rec, config.lambda_con * w_con)
+
+    with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
+    scalars = run.descend(models.optimizer_d, parts, loss_D)
+    with frozen(D):  # already updated; its graph carries the gradient to `fake`
+        scalars |= run.descend(models.optimizer_g, parts, loss_G, config.clip_norm)
+    models.ema.update()  # 6.
+    return scalars
 
 
-def update_pretrained(parts, keep_graph, run, config, generator, discriminator, features, parameters, optimizer):
-    """Step 5 in the latent space, with the weights' limit."""
-    optimizer.zero_grad()
-    discriminator.requires_grad_(False)
-    weight = sqrt_consistency_weight if config.con_weight == "sqrt" else consistency_weight
-    scalars = []
-    for p in parts:
-        with run.autocast():
-            fake = p["fake"] if keep_graph else predict_from(generator, p, p["t"])
-            fake_logits = discriminator(fake, p["t"], p["cond_d"]).float()
-            # Eq. 5; remembered, for fake's features may serve both terms.
-            embed = lru_cache(lambda x: features(x, torch.zeros_like(p["t"]), p["cond_d"]).float())
-            distances = dict(l2=squared_distance, latent=lambda a, b: squared_distance(embed(a), embed(b)))
-            snr_t, snr_con = generator.schedule.snr(p["t"]), generator.schedule.snr(p["t_con"])
-            L_G, losses = generator_loss(
-                fake, p["x0"], p["target"], fake_logits,
-                config.lambda_rec * reconstruction_weight(snr_t).clamp(max=config.weight_limit),
-                config.lambda_con * weight(snr_t, snr_con).clamp(max=config.weight_limit),
-                distances[config.rec_distance], distances[config.con_distance])
-        (L_G / len(parts)).backward()
-        scalars.append(losses)
-    discriminator.requires_grad_(True)
-    run.average_gradients(parameters.values())
-    nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
-    optimizer.step()
-    return mean_of(scalars)
+@dataclass
+class Adaptation:
+    """Who takes part in a step of the adaptation."""
+    teacher: Denoiser  # frozen: the network as it was, on its own schedule
+    student: Denoiser  # predicts v: all weights trained by optimizer, no average; stage II: on the rescaled schedule
+    codec: Codec       # frozen
+    optimizer: torch.optim.Optimizer
 
 
-def adapt_step(iteration, pictures, captions, run, config, codec, teacher, student, optimizer):
-    """One regression step of section 5.2: the student's v, on its own schedule, onto the teacher's prediction on the teacher's."""
-    draw, cond = run.draws(iteration), codec.cond(captions)
+def adapt_step(iteration, pictures, captions, config, run, models):
+    """One regression step of section 5.2: the student's v, on its schedule, onto the teacher's prediction on
+    the teacher's.
+    """
+    teacher, student, codec, draw = models.teacher, models.student, models.codec, run.draws(iteration)
     t, eps = draw.randint(0, len(teacher.schedule)), draw.randn(*codec.shape)
-    optimizer.zero_grad()
-    scalars = []
-    for rows in run.micro_batches:
-        c, t_rows = part_of(cond, rows), t[rows]
-        with torch.no_grad():  # without autocast: x0 carries 1 / alpha_T times the teacher's error
-            x0 = codec.encode(pictures[rows])
-            x_t = teacher.schedule.add_noise(x0, eps[rows], t_rows)
-            eps_teacher = teacher.predict(x_t, t_rows, "epsilon", c)
-            x0_teacher = teacher.schedule.convert(eps_teacher, x_t, t_rows, "epsilon", "sample")
+
+    def loss_student(p):
+        # In float32, without autocast: x0 carries 1 / alpha_T times the teacher's error.
+        with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
+            x0 = codec.encode(p.pictures)
+            x_t = teacher.schedule.add_noise(x0, p.eps, p.t)
+            eps_teacher = teacher.predict(x_t, p.t, "epsilon", p.cond)
+            x0_teacher = teacher.schedule.convert(eps_teacher, x_t, p.t, "epsilon", "sample")
             x0_teacher = x0_teacher.clamp(-config.adapt_clamp, config.adapt_clamp)
-            target = adaptation_target(eps_teacher, x0_teacher, student.schedule, t_rows)
-        with run.autocast():
-            v = student.predict(student.schedule.add_noise(x0, eps[rows], t_rows), t_rows, "v_prediction", c)
+            target = adaptation_target(eps_teacher, x0_teacher, student.schedule, p.t)
+        v = student.predict(student.schedule.add_noise(x0, p.eps, p.t), p.t, "v_prediction", p.cond)
         loss = adaptation_loss(v, target)
-        (loss / len(run.micro_batches)).backward()
-        scalars.append(dict(L_adapt=loss))
-    run.average_gradients(student.net.parameters())
-    nn.utils.clip_grad_norm_(student.net.parameters(), config.clip_norm)
-    optimizer.step()
-    return mean_of(scalars)
+        return loss, dict(L_adapt=loss)
+
+    parts = run.split(pictures=pictures, t=t, eps=eps, cond=codec.cond(captions))
+    return run.descend(models.optimizer, parts, loss_student, config.clip_norm)
 
 
 # Sampling
 
-@torch.no_grad()
-def sample(generator, schedule, levels, x_T, z=None, noise=None, limit=1.0):
-    """x_T [B, C, H, W] -> x0, one network call a level of `levels` (falling, from T); z: the latent, or a pretrained G's condition.
-
-    noise: one [B, C, H, W] for each level after the first: x_l = alpha_l x0 + sigma_l noise. One level needs none.
-    limit: x0 is clamped to +- this, pictures to 1; latents to none.
+@dataclass
+class Sampler:
+    """What draws pictures: G with the weights that it has now, its codec, the start and the latent that it
+    needs.
     """
-    x_t = x_T
-    for i, level in enumerate(levels):
-        if i > 0:
-            x_t = schedule.add_noise(x0, noise[i - 1], torch.full_like(t, level))
-        t = torch.full((len(x_t),), level, device=x_t.device)
-        x0 = generator(x_t, t, z).clamp(-limit, limit)
-    return x0
+    generator: Denoiser
+    codec: Codec
+    prior: InformativePrior | None = None
+    latent_z: int = 0
 
 
 def sampling_levels(T, nfe):
-    """nfe levels, falling from T (4 levels: 4; 4 2; 4 3 2 1), as LCMScheduler spaces the exported pipeline's timesteps."""
+    """nfe levels, falling from T (4 levels: 4; 4 2; 4 3 2 1), as LCMScheduler spaces the exported pipeline's
+    timesteps.
+    """
     if not 1 <= nfe <= T:
         raise UserError(f"--nfe {nfe}: this run has {T} levels, so 1 to {T} network calls")
     return [T - i * (T + 1) // nfe for i in range(nfe)]
 
 
-def draw_chunks(generator, schedule, config, num, nfe, seed, device, chunk=250):
-    """Yields num pictures in [-1, 1] in batches of `chunk`, on the CPU; the same for the same seed and chunk."""
-    levels, shape = sampling_levels(config.levels, nfe), (3, config.image_size, config.image_size)
-    for first in range(0, num, chunk):
-        draw = Draws(seed, first, min(chunk, num - first), slice(None), "cpu")  # drawn on the CPU: the same pictures on any device
-        x_T, z = draw.randn(*shape).to(device), draw.randn(config.latent_z).to(device)
-        yield sample(generator, schedule, levels, x_T, z, [draw.randn(*shape).to(device) for _ in levels[1:]]).cpu()
+@torch.no_grad()
+def sample(generator, levels, x_T, noise, cond, limit=math.inf):
+    """x_T [B, C, H, W] -> x0, one network call a level of `levels` (falling, from T).
 
-
-def draw_samples(*arguments):
-    """draw_chunks in one tensor, [num, 3, H, W]."""
-    return torch.cat(list(draw_chunks(*arguments)))
+    noise: one [B, C, H, W] for each level after the first: x_l = alpha_l x0 + sigma_l noise. limit: x0 is
+    clamped to +- this, pictures to 1; latents to none.
+    """
+    x_t, t = x_T, torch.full((len(x_T),), levels[0], device=x_T.device)
+    x0 = generator.predict(x_t, t, "sample", cond).clamp(-limit, limit)
+    for level, fresh in zip(levels[1:], noise):
+        x_t, t = generator.schedule.add_noise(x0, fresh, torch.full_like(t, level)), torch.full_like(t, level)
+        x0 = generator.predict(x_t, t, "sample", cond).clamp(-limit, limit)
+    return x0
 
 
 @torch.no_grad()
-def draw_pictures(denoiser, codec, prompts, nfe, seed, prior=None, start=0):
-    """Yields a pretrained model's few-step pictures for the prompts, in [-1, 1], in chunks, on the CPU.
+def draw_pictures(sampler, captions, nfe, seed, first=0):
+    """Yields one picture a caption, in [-1, 1], in chunks, on the CPU; the same for the same seed, on every
+    device.
 
-    prior: an InformativePrior to start from; start: the number of the first picture, which decides its noise.
+    first: the number of the first picture, which decides its noise.
     """
-    levels, chunk = sampling_levels(len(denoiser.schedule) - 1, nfe), chunk_for(codec)
-    for first in range(0, len(prompts), chunk):
-        y = prompts[first:first + chunk]
-        draw = Draws(seed, start + first, len(y), slice(None), "cpu")
+    generator, codec, chunk = sampler.generator, sampler.codec, chunk_for(sampler.codec)
+    levels = sampling_levels(len(generator.schedule) - 1, nfe)
+    for start in range(0, len(captions), chunk):
+        y = captions[start:start + chunk]
+        draw = Draws(seed, first + start, len(y), slice(None), "cpu")
         x_T, eps_prime, *noise = (draw.randn(*codec.shape).to(codec.device) for _ in range(1 + nfe))
-        if prior:
-            x_T = prior.start(denoiser.schedule, x_T, eps_prime)
-        x0 = sample(partial(predict_x0, denoiser), denoiser.schedule, levels, x_T, codec.cond(y), noise, limit=math.inf)
+        if sampler.prior:
+            x_T = sampler.prior.start(generator.schedule, x_T, eps_prime)
+        cond = map_cond(lambda v: v.to(codec.device), condition(codec, y, draw, sampler.latent_z))
+        x0 = sample(generator, levels, x_T, noise, cond, 1.0 if codec.vae is None else math.inf)
         yield codec.decode(x0).clamp(-1, 1).cpu()
 
 
-def load_generator(run, device="cpu"):
-    """The averaged generator of a finished or running run's last checkpoint: (generator, schedule, config)."""
-    saved = read_checkpoint(Path(run) / "checkpoint")
-    try:
-        config = Config(**saved["config"])
-    except TypeError as error:
-        raise UserError(f"{run}: not a run of this yoso.py ({error})")
-    generator = Generator(config).to(device).eval()
-    generator.load_state_dict(saved["state"]["ema"])
-    return generator, NoiseSchedule.from_config(scheduler_config(config)).to(device), config
+def load_sampler(folder, device="cpu", prior=True):
+    """A run's averaged generator as (Sampler, config): from scratch its last checkpoint's, else its finished
+    pipeline's.
+
+    prior: whether to start from the informative prior, where there is one. Raises UserError if there is
+    nothing yet.
+    """
+    config = read_config(Config, Path(folder) / "config.json")
+    if config.model:
+        pipeline = Path(folder) / "pipeline"
+        if not pipeline.exists():
+            raise UserError(f"--run {folder}: not finished; see its samples/ while it runs")
+        return Sampler(*load(pipeline, device), InformativePrior.read(pipeline, device) if prior else None), config
+    saved = read_checkpoint(Path(folder) / "checkpoint")
+    pipe = DDPMPipeline(scratch_generator(config).to(device).eval(), scratch_scheduler(config.levels))
+    pipe.unet.load_state_dict(saved["state"]["ema"])
+    schedule = NoiseSchedule.from_config(pipe.scheduler.config).to(device)
+    return Sampler(Denoiser(pipe.unet, schedule, "sample"), Codec(pipe), None, config.latent_z), config
 
 
 # Training
 
-def scheduler_config(config):
-    """DDGAN's levels as an LCMScheduler config: timestep k is level k, timestep 0 clean data; the network predicts x0.
-
-    It samples as `sample` does: timestep_scaling switches off LCM's boundary scaling at every level above 0.
-    """
-    return dict(num_train_timesteps=config.levels + 1, trained_betas=ddgan_betas(config.levels), prediction_type="sample",
-                original_inference_steps=config.levels + 1, timestep_scaling=1e4, clip_sample=True)
-
-
 def check(config):
-    """Raises UserError on flags that cannot work."""
-    for name, choices in (("distance", ("l2", "lpips")), ("adversary", ("self", "data", "ufogen"))):
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{name} {getattr(config, name)}: unknown; choose one of {', '.join(choices)}")
+    """Raises UserError on flags that cannot work together."""
+    def refuse(wrong, name, remedy):
+        if wrong:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: {remedy}")
+
+    if config.model:
+        refuse(config.preset in SCRATCH, "preset", f"trains from scratch; with --model choose one of {', '.join(FINE_TUNE)}")
+        refuse(config.latent_z, "latent_z", "is for a run from scratch; with --model give 0")
+        for name in ("rec_distance", "con_distance"):
+            refuse(getattr(config, name) == "lpips", name, "compares pictures; with --model choose latent or l2")
+        refuse(config.flip and config.cache_latents, "flip", "cannot mirror cached latents; give --no-flip")
+        refuse(config.generate and not config.generator, "generate", "needs a --generator that draws the pictures")
+        for name in ("generator", "generator_lora", "prompts"):
+            refuse(getattr(config, name) and not config.generate, name, "only draws pictures with --generate NUMBER")
+        if not (config.dataset or config.generate and config.prompts):
+            raise UserError("--dataset: give a folder of captioned pictures, or have them drawn by --generate, --generator "
+                            "and --prompts")
+        return
+    refuse(config.preset in FINE_TUNE, "preset", "needs --model PIPELINE, which it fine-tunes")
+    for name in ("rank", "lora", "adapt", "discriminator", "generate", "generator", "generator_lora", "prompts"):
+        refuse(getattr(config, name), name, "needs --model PIPELINE, which it fine-tunes")
+    for name in ("rec_distance", "con_distance"):
+        refuse(getattr(config, name) == "latent", name, "compares latents of --model; from scratch choose lpips or l2")
     halvings = max(len(config.channels), len(config.channels_d)) - 1
-    for name, right, remedy in (
-            ("image-size", config.image_size > 0 and config.image_size % 2**halvings == 0, f"a multiple of {2**halvings}"),
-            ("channels", all(c >= 4 for c in config.channels), "at least 4 each"),
-            ("channels-d", all(c >= 1 for c in config.channels_d), "at least 1 each"),
-            ("attention", not config.attention or len(config.channels) > 1, "off where --channels has one resolution"),
-            ("levels", config.levels >= 1, "at least 1"), ("r1-every", config.r1_every >= 1, "at least 1"),
-            ("latent-z", config.latent_z >= 0, "at least 0"),
-            ("lr-decay", 0 <= config.lr_decay <= 1, "between 0 and 1"),
-            ("ema", 0 <= config.ema < 1, "at least 0 and below 1")):
-        if not right:
-            raise UserError(f"--{name} {getattr(config, name.replace('-', '_'))}: must be {remedy}")
-
-
-def build_networks(config, device):
-    """(generator, discriminator) on the device, with --gradient-checkpointing and --compile applied."""
-    generator, discriminator = Generator(config).to(device), Discriminator(config).to(device)
-    if config.gradient_checkpointing:
-        generator.unet.enable_gradient_checkpointing()
-    if config.compile:
-        generator.compile()
-        if config.r1 == 0:
-            discriminator.compile()
-    return generator, discriminator
-
-
-def train(config):
-    """A whole run, or the rest of one."""
-    check(config)
-    # With a decaying rate, the number of iterations is part of what a run is.
-    run = Run(config, Discriminator.GROUP, FREE_FLAGS - {"iterations"} if config.lr_decay else FREE_FLAGS)
-    dataset = load_dataset(config.dataset, config.image_size, config.seed)
-    distance = load_distance(config.distance, run.device)
-    schedule = NoiseSchedule.from_config(scheduler_config(config)).to(run.device)
-    generator, discriminator = build_networks(config, run.device)
-    ema = EMA(generator.named_parameters(), config.ema)
-    optimizer_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.9, 0.999), fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), config.lr_d, betas=(0.0, 0.999), fused=True)
-    run.begin(dict(generator=generator, discriminator=discriminator, ema=ema, optimizer_g=optimizer_g, optimizer_d=optimizer_d))
-
-    def save_samples(path):
-        if run.rank == 0:
-            with ema.applied():
-                save_grid(draw_samples(generator, schedule, config, 64, 1, 0, run.device), path)
-
-    def step(iteration, x0):
-        """Steps 1 to 6 on this rank's pictures; the scalars to log."""
-        losses = train_step(iteration, x0, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
-        ema.update()  # 6.
-        return losses
-
-    for iteration, (x0, _) in enumerate(run.batches(dataset), run.start):
-        remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
-        for optimizer, lr in ((optimizer_g, config.lr), (optimizer_d, config.lr_d)):
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
-        losses = step(iteration, x0)
-        if (iteration + 1) % config.sample_every == 0:
-            save_samples(run.out / "samples" / f"{iteration + 1:07d}.png")
-        if run.finish_iteration(iteration, losses):
-            break
-    else:
-        save_samples(run.out / "samples" / "final.png")
-        if run.rank == 0:
-            export(generator, ema, config, run.out / "pipeline")
-            print(f"done: one-step samples in {run.out}/samples/final.png; more with: python yoso.py sample --run {run.out}")
-    run.end()
-
-
-def export(generator, ema, config, path):
-    """The averaged generator as a diffusers pipeline: DDPMPipeline.from_pretrained(path)(batch_size=8, num_inference_steps=1).
-
-    With a latent z there is no pipeline class that draws it: then only the UNet is written, to be called with z by hand.
-    """
-    with ema.applied():
-        if config.latent_z:
-            generator.unet.save_pretrained(path / "unet")
-        else:
-            DDPMPipeline(generator.unet, LCMScheduler(**scheduler_config(config))).save_pretrained(path)
-
-
-# Fine-tuning
-
-def check_fine_tune(config):
-    """Raises UserError on flags that cannot work."""
-    for name, choices in (("adversary", ("self", "data")), ("con_distance", ("latent", "l2")), ("rec_distance", ("latent", "l2")),
-                          ("con_weight", ("sqrt", "snr")), ("nfe", (1, 2, 4))):
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: unknown; choose one of "
-                            f"{', '.join(str(c) for c in choices)}")
-    for name in ("rank", "lambda_rec", "lambda_con", "weight_decay", "adapt_iterations", "generate"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    for name in ("alpha", "prior_num", "real_offset", "con_offset"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    for name in ("lr", "lr_d", "clip_norm", "weight_limit", "adapt_lr", "adapt_clamp"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0 and finite")
-    if not 0 <= config.ema < 1:
-        raise UserError(f"--ema {config.ema}: must be at least 0 and below 1")
-    if config.generate and not config.generator:
-        raise UserError(f"--generate {config.generate}: needs a --generator that draws the pictures")
-    for name in ("generator", "generator_lora", "prompts"):
-        if getattr(config, name) and not config.generate:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: only draws pictures with --generate NUMBER")
-    if not (config.dataset or config.generate and config.prompts):
-        raise UserError("--dataset: give a folder of captioned pictures, or have them drawn by --generate, --generator and --prompts")
+    refuse(config.image_size % 2**halvings, "image_size", f"must be a multiple of {2**halvings}")
+    refuse(config.attention and len(config.channels) < 2, "attention", "must be off where --channels has one resolution")
 
 
 def prepare_data(config, device):
-    """The folder OUT/data: --generate pictures of --generator, a PNG and its caption each; what is there already is kept."""
+    """The folder OUT/data: --generate pictures of --generator, a PNG and its caption each; what is there
+    already is kept.
+    """
     folders = [Path(folder) / "data" for folder in (config.out, config.resume) if folder]
     folder = next((folder for folder in folders if folder.exists()), folders[0])
     names = [f"{i:08d}" for i in range(config.generate)]
     # What can be missing is loaded before the folder is made; where all pictures are there, it is not needed.
     if agreed(lambda: not all((folder / f"{name}.txt").exists() for name in names)):
-        generator, codec = load(config.generator, device, config.generator_lora)
-        prompts = prompts_of(config, codec)
-    missing = claim_folder(folder, {k: getattr(config, k) for k in (
-        "generator", "generator_lora", "nfe", "prompts", "dataset", "seed")}, [f"{name}.txt" for name in names])
+        sampler = Sampler(*load(config.generator, device, config.generator_lora),
+                          InformativePrior.read(config.generator, device))
+        prompts = prompts_of(config, sampler.codec)
+    made_by = ("generator", "generator_lora", "nfe", "prompts", "dataset", "seed")
+    missing = claim_folder(folder, {k: getattr(config, k) for k in made_by}, [f"{name}.txt" for name in names])
     more = agreed(lambda: len(list(folder.glob("*.txt")))) - config.generate + len(missing)
     if more > 0:
         raise UserError(f"--generate {config.generate}: {folder} holds {more} pictures more; raise the number, or delete it")
     if not missing:
         return str(folder)
-    prior, chunk = InformativePrior.read(config.generator, device), chunk_for(codec)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chunk, rank, world = chunk_for(sampler.codec), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     firsts = sorted({int(Path(name).stem) // chunk * chunk for name in missing})
     for first in tqdm(firsts[rank::world], desc="pictures", disable=rank > 0):
         y = [prompts[i % len(prompts)] for i in range(first, min(first + chunk, config.generate))]
-        pictures = torch.cat(list(draw_pictures(generator, codec, y, config.nfe, config.seed, prior, first)))
+        pictures = torch.cat(list(draw_pictures(sampler, y, config.nfe, config.seed, first)))
         pictures = ((pictures / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         for name, picture, caption in zip(names[first:], pictures, y):
             Image.fromarray(picture).save(folder / f"{name}.png")
@@ -857,7 +813,9 @@ def estimate_prior(run, config, codec, dataset):
 
 
 def original_pictures(run, config, teacher, codec, captions):
-    """What is fine-tuned, as it was: pictures of 1 and of 25 DDIM steps, [2 N, 3, H, W]; kept in OUT for a resumed run."""
+    """What is fine-tuned, as it was: pictures of 1 and of 25 DDIM steps, [2 N, 3, H, W]; kept in OUT for a
+    resumed run.
+    """
     path = Path(config.out) / "original.safetensors"
     if not run.start or not path.exists():
         pictures = [draw_many_steps(teacher, codec, captions, steps, config.teacher_guidance) for steps in (1, 25)]
@@ -866,33 +824,38 @@ def original_pictures(run, config, teacher, codec, captions):
     return load_file(path)["pictures"] if run.rank == 0 else None
 
 
-def adapt(config, teacher, codec, dataset):
-    """Section 5.2: the teacher as a v-predicting Denoiser with zero terminal SNR, by two regressions; the teacher stays as it is.
+# What the adaptation depends on.
+ADAPTED_BY = {"model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed", "batch_size",
+              "precision", "weight_decay", "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp"}
 
-    Stage I keeps the schedule (skipped where the teacher predicts v already), stage II rescales it. The result is exported to
-    OUT/adapt-2/pipeline, on which a LoRA trained afterwards belongs.
+
+def adapt(config, teacher, codec, dataset):
+    """Section 5.2: the teacher as a v-predicting Denoiser with zero terminal SNR, by two regressions; the
+    teacher stays.
+
+    Stage I keeps the schedule (skipped where the teacher predicts v already), stage II rescales it. The
+    result is exported to OUT/adapt-2/pipeline, on which a LoRA trained afterwards belongs.
     """
     net = dense_copy(teacher.net, fold_lora(teacher.net, None), codec.device)
     shard(config, net)
     stages = {"adapt-1": teacher.schedule, "adapt-2": teacher.schedule.zero_terminal_snr()}
     if teacher.prediction_type == "v_prediction":
         stages.pop("adapt-1")
-    # What the adaptation does not depend on may change.
-    free = vars(config).keys() - {
-        "model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed", "batch_size", "precision",
-        "weight_decay", "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp"}
     for stage, schedule in stages.items():
         student = Denoiser(net, schedule, "v_prediction")
         if config.adapt_iterations:
-            resume = f"{config.resume}/{stage}" if config.resume and Path(config.resume, stage, "checkpoint").exists() else ""
-            run = Run(replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=config.adapt_iterations), free=free)
+            resume = f"{config.resume}/{stage}"
+            resume = resume if config.resume and Path(resume, "checkpoint").exists() else ""
+            run = Run(replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=config.adapt_iterations),
+                      bound=ADAPTED_BY)
             net.requires_grad_(True)
             if config.gradient_checkpointing:
                 enable_checkpointing(net)
             optimizer = torch.optim.AdamW(net.parameters(), config.adapt_lr, weight_decay=config.weight_decay, fused=True)
+            models = Adaptation(teacher, student, codec, optimizer)
             run.begin(dict(student=net, optimizer=optimizer))
             for iteration, (pictures, captions) in enumerate(run.batches(dataset), run.start):
-                losses = adapt_step(iteration, pictures, captions, run, config, codec, teacher, student, optimizer)
+                losses = adapt_step(iteration, pictures, captions, config, run, models)
                 if run.finish_iteration(iteration, losses):
                     break
             run.end()
@@ -900,110 +863,105 @@ def adapt(config, teacher, codec, dataset):
     net.requires_grad_(False)
     state = fold_lora(net, None)
     if int(os.environ.get("RANK", 0)) == 0:
-        export_one_step(codec, dense_copy(net, state, "cpu"), "v_prediction", Path(config.out) / "adapt-2" / "pipeline", zero_snr=True)
+        export_one_step(codec, dense_copy(net, state, "cpu"), "v_prediction", Path(config.out) / "adapt-2" / "pipeline",
+                        zero_snr=True)
     return student
 
 
-def fine_tune(config):
-    """A whole run on a pretrained pipeline: its data where --generate asks for it, the adaptation, the training."""
-    check_fine_tune(config)
-    device = choose_device(config.device)
-    start_processes(device)
-    teacher, codec = load(config.model, device, config.lora)
-    if codec.vae is None:
-        raise UserError(f"--model {config.model}: works on pixels; give an SD, SDXL or PixArt pipeline")
-    zero_snr = teacher.schedule.alpha[-1].item() < 1e-3
-    if config.adapt and zero_snr:
-        raise UserError(f"--adapt: {config.model} has zero terminal SNR already; leave the flag out")
-    half, codec_d = load(config.discriminator, device) if config.discriminator else (teacher, codec)
-    if not isinstance(half.net, UNet2DConditionModel):
-        raise UserError(f"--discriminator: {config.discriminator or config.model} has no UNet to make one from; "
-                        "give SD 1.5, which has the same latents")
-    latents = [(c.shape[0], c.vae.config.scaling_factor) for c in (codec_d, codec)]
-    if latents[0] != latents[1]:
-        raise UserError(f"--discriminator {config.discriminator}: its latents have {latents[0][0]} channels and the scale {latents[0][1]}, "
-                        f"--model's {latents[1][0]} and {latents[1][1]}; give two of the same VAE")
-    run = Run(config)
-    dataset = load_dataset(prepare_data(config, device) if config.generate else config.dataset, codec.picture_size, config.seed)
-    all_captions = dataset.all_captions() if config.cache_latents else []
+def captioned_data(config, codec, codec_d, device):
+    """(dataset, captions of its first 64 pictures) of a fine-tuning, generated or cached where the flags say
+    so.
+    """
+    name = prepare_data(config, device) if config.generate else config.dataset
+    dataset = load_dataset(name, codec.picture_size, config.seed)
     captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
     if not any(captions):
-        raise UserError(f"--dataset {config.dataset}: its pictures have no captions; add metadata.jsonl, or a .txt beside each")
-    for part in {codec, codec_d}:
-        part.warn_of_long(captions)
+        raise UserError(f"--dataset {name}: its pictures have no captions; add metadata.jsonl, or a .txt beside each")
+    for one in {codec, codec_d}:
+        one.warn_of_long(captions)
     if config.cache_latents:
-        folder, made_by = f"{config.out}/cache", dict(model=config.model, lora=config.lora)
+        folder, made_by, all_captions = f"{config.out}/cache", dict(model=config.model, lora=config.lora), dataset.all_captions()
         dataset = cache_latents(codec, dataset, f"{folder}/latents", made_by)
         cache_conditions(codec, all_captions, f"{folder}/conditions", made_by)
         if codec_d is not codec:
             cache_conditions(codec_d, all_captions, f"{folder}/conditions-d", dict(model=config.discriminator))
-    # The frozen half shares the weights of a network that stays frozen too.
-    features = HalfUNet(half.net, share=bool(config.rank or config.adapt or config.discriminator) and not config.shard)
-    discriminator = LatentDiscriminator(half.net, codec.shape[-1]).to(device)
-    # What is not called again gives its memory back.
-    if half is not teacher:
-        (half.net if config.shard else half.net.up_blocks).to("meta")
-    shard(config, teacher.net, features, discriminator)
-    prior = rows = None
-    if run.rank == 0:
-        run.make_folder()
-        prior = None if config.adapt or zero_snr else estimate_prior(run, config, codec, dataset)
-    if run.shows:
-        rows = original_pictures(run, config, teacher, codec, captions[:8])
-    start = adapt(config, teacher, codec, dataset) if config.adapt else teacher
-    if config.adapt and not config.shard:
-        (teacher.net.up_blocks if half is teacher else teacher.net).to("meta")
-    train_pretrained(run, config, start, codec, features, discriminator, codec_d, dataset, captions, prior, rows)
+    return dataset, captions
 
 
-def make_trainable(config, start):
-    """The pretrained Denoiser as what is trained, all of it or a LoRA on it, and the trained parameters by name."""
-    if not config.rank:
-        return start, Weights(start.net.requires_grad_(True).named_parameters())
-    generator = Denoiser(start.net, start.schedule, start.prediction_type, "student")
-    return generator, add_lora(start.net, "student", config.rank, config.alpha)
+def train(config):
+    """A whole run, or the rest of one; with --model its data, prior and adaptation first."""
+    check(config)
+    # With a decaying rate, the number of iterations is part of what a run is.
+    run = Run(config, bound_flags(Config, but=() if config.lr_decay else ("iterations",)),
+              1 if config.model else Discriminator.GROUP)
+    start, codec, discriminator, half, codec_d = load_networks(config, run)
+    prior = original = None
+    if config.model:
+        dataset, captions = captioned_data(config, codec, codec_d, run.device)
+        if run.rank == 0:
+            run.make_folder()
+            prior = None if config.adapt or ends_in_noise(start) else estimate_prior(run, config, codec, dataset)
+        if run.shows:
+            original = original_pictures(run, config, start, codec, captions[:8])
+        if config.adapt:
+            adapted = adapt(config, start, codec, dataset)
+            if not config.shard:  # not called again, but for what D's features share
+                (start.net if config.discriminator else start.net.up_blocks).to("meta")
+            start = adapted
+    else:
+        dataset, captions = load_dataset(config.dataset, config.image_size, config.seed), [""] * 64
+    models = build(config, run, (start, codec, discriminator, half, codec_d))
+    run.begin(dict(generator=models.generator.trainable(), discriminator=discriminator, ema=models.ema,
+                   optimizer_g=models.optimizer_g, optimizer_d=models.optimizer_d))
+    sampler = Sampler(models.generator, codec, prior, config.latent_z)
 
-
-def train_pretrained(run, config, start, codec, features, discriminator, codec_d, dataset, captions, prior, rows):
-    """The training on Eq. 6; exports the averaged generator to OUT/pipeline and draws OUT/comparison.png below the rows."""
-    generator, parameters = make_trainable(config, start)
-    if config.gradient_checkpointing:
-        enable_checkpointing(generator.net)
-        enable_checkpointing(discriminator.features.unet)
-    if config.compile:
-        for network in (discriminator, features, *(() if config.rank else (generator.net,))):
-            network.compile()
-    ema = EMA(parameters.items(), config.ema)
-    optimizer_g = torch.optim.AdamW(parameters.values(), config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
-    optimizer_d = torch.optim.AdamW(discriminator.parameters(), config.lr_d, betas=(0.0, 0.999), weight_decay=config.weight_decay,
-                                    fused=True)
-    run.begin(dict(generator=parameters, discriminator=discriminator, ema=ema, optimizer_g=optimizer_g, optimizer_d=optimizer_d))
-
-    def step(iteration, pictures, texts):
-        """Steps 1 to 6 on this rank's pictures and captions; the scalars to log."""
-        losses = fine_tune_step(iteration, pictures, texts, run, config, codec, codec_d, generator, discriminator, features, parameters,
-                                optimizer_g, optimizer_d)
-        ema.update()  # 6.
-        return losses
+    def save_samples(name):
+        if run.shows:
+            with models.ema.applied():
+                save_grid(torch.cat(list(draw_pictures(sampler, captions, 1, 0))), run.out / "samples" / name)
 
     for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
-        losses = step(iteration, pictures, texts)
-        if (iteration + 1) % config.sample_every == 0 and run.shows:
-            with ema.applied():
-                save_grid(torch.cat(list(draw_pictures(generator, codec, captions, 1, 0, prior))),
-                          run.out / "samples" / f"{iteration + 1:07d}.png")
+        remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
+        for optimizer, lr in ((models.optimizer_g, config.lr), (models.optimizer_d, config.lr_d)):
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
+        losses = train_step(iteration, pictures, texts, config, run, models)
+        if (iteration + 1) % config.sample_every == 0:
+            save_samples(f"{iteration + 1:07d}.png")
         if run.finish_iteration(iteration, losses):
             break
     run.end()
-    # A run has a prior just where its SNR_T is not zero.
-    export_student(run, codec, generator, ema, zero_snr=prior is None, prior=prior)
+    save_samples("final.png")
+    export(config, run, sampler, models.ema, original, captions[:8])
+
+
+def export(config, run, sampler, ema, original, captions):
+    """The averaged generator as a diffusers pipeline in OUT/pipeline; of a fine-tuning also
+    OUT/comparison.png.
+
+    From scratch with a latent z there is no pipeline class that draws it: then only the UNet is written,
+    whose class embedding is the mapping network of z.
+    """
+    generator, folder = sampler.generator, run.out / "pipeline"
+    if config.model:  # a run has a prior just where its SNR_T is not zero
+        export_student(run, sampler.codec, generator, ema, zero_snr=sampler.prior is None, prior=sampler.prior)
+        if run.shows:
+            with ema.applied():
+                ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(sampler, captions, nfe, 0)]
+        if run.rank == 0:
+            save_grid(torch.cat([original, *ours]), run.out / "comparison.png")
+            print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, YOSO 1, 2 and 4 steps\n"
+                  f"{folder}: a diffusers pipeline for 1, 2 or 4 steps")
+        return
     if run.shows:
-        with ema.applied():
-            ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(generator, codec, captions[:8], nfe, 0, prior)]
+        state = fold_lora(generator.net, None) | {name: whole(average) for name, average in ema.average.items()}
     if run.rank == 0:
-        save_grid(torch.cat([rows, *ours]), run.out / "comparison.png")
-        print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, YOSO 1, 2 and 4 steps\n"
-              f"{run.out}/pipeline: a diffusers pipeline for 1, 2 or 4 steps")
+        net = scratch_generator(config)
+        net.load_state_dict(state)
+        if config.latent_z:
+            net.save_pretrained(folder / "unet")
+        else:
+            DDPMPipeline(net, scratch_scheduler(config.levels)).save_pretrained(folder)
+        print(f"done: one-step samples in {run.out}/samples/final.png; more with: python yoso.py sample --run {run.out}")
 
 
 # Main
@@ -1038,59 +996,30 @@ def merge_command(argv):
 
 def sample_command(argv):
     """`python yoso.py sample`: a grid of a finished or running run's samples."""
-    parser = argparse.ArgumentParser(prog="yoso.py sample", description="Samples of a finished or running run.", allow_abbrev=False)
-    parser.add_argument("--run", default="runs/yoso", help="the run's folder")
-    parser.add_argument("--prompts", nargs="+", help="of a fine-tuned model, in turn; default: its dataset's captions")
+    parser = sample_flags("yoso.py", Config.out, nfe=None)
     parser.add_argument("--prior", action=argparse.BooleanOptionalAction, default=True,
                         help="start a fine-tuned model from its informative prior")
-    parser.add_argument("--num", type=int, default=64, help="number of pictures")
-    parser.add_argument("--nfe", type=int, default=1, help="network calls a picture")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--grid", default="grid.png", help="the PNG to write")
     args = parser.parse_args(argv)
-    for name, least in (("num", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
-    device = choose_device(args.device)
-    settings = Path(args.run) / "config.json"
-    if settings.exists() and "model" in json.loads(settings.read_text()):
-        images = sample_fine_tuned(args, device)
-    elif args.prompts:
+    check_sample_flags(args)
+    sampler, config = load_sampler(args.run, choose_device(args.device), args.prior)
+    if config.model and args.nfe not in (1, 2, 4):
+        raise UserError(f"--nfe {args.nfe}: choose 1, 2 or 4")
+    if args.prompts and not config.model:
         raise UserError(f"--prompts: {args.run} was trained without captions")
-    else:
-        generator, schedule, config = load_generator(args.run, device)
-        images = draw_samples(generator, schedule, config, args.num, args.nfe, args.seed, device)
-    try:
-        save_grid(images, args.grid)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--grid {args.grid}: cannot be written ({error})")
+    prompts = args.prompts or (prompts_of(config, sampler.codec) if config.model else [""])
+    captions = [prompts[i % len(prompts)] for i in range(args.num)]
+    save_grid(torch.cat(list(draw_pictures(sampler, captions, args.nfe, args.seed))), args.grid, flag="--grid")
     print(f"{args.num} samples with {args.nfe} network call(s): {args.grid}")
 
 
-def sample_fine_tuned(args, device):
-    """Pictures of a finished fine-tuning run, [num, 3, H, W]."""
-    if args.nfe not in (1, 2, 4):
-        raise UserError(f"--nfe {args.nfe}: choose 1, 2 or 4")
-    pipeline = Path(args.run) / "pipeline"
-    if not pipeline.exists():
-        raise UserError(f"--run {args.run}: not finished; see its samples/ while it runs")
-    denoiser, codec = load(pipeline, device)
-    prompts = args.prompts or prompts_of(read_config(FineTune, Path(args.run) / "config.json"), codec)
-    prior = InformativePrior.read(pipeline, device) if args.prior else None
-    return torch.cat(list(draw_pictures(denoiser, codec, [prompts[i % len(prompts)] for i in range(args.num)], args.nfe, args.seed, prior)))
-
-
 def main(argv):
-    """`sample`, `merge` or, by default, `train`: from scratch, or with --model a fine-tuning, which has other flags."""
+    """`sample`, `merge` or, by default, `train`: from scratch, or with --model a fine-tuning."""
     if argv[:1] == ["sample"]:
         return sample_command(argv[1:])
     if argv[:1] == ["merge"]:
         return merge_command(argv[1:])
     argv = argv[1:] if argv[:1] == ["train"] else argv
-    if any(word.split("=")[0] == "--model" for word in argv):
-        return fine_tune(parse_config(FineTune, FINE_TUNE_PRESETS, argv, __doc__.splitlines()[0], preset_of))
-    train(parse_config(Config, PRESETS, argv, "From scratch; a pretrained pipeline's flags: yoso.py --model PIPELINE --help."))
+    train(parse_config(Config, PRESETS, argv, __doc__.splitlines()[0], preset_of, ("sample", "merge")))
 
 
 if __name__ == "__main__":

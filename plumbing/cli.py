@@ -80,15 +80,15 @@ def allowed(limits):
 
 def check_flag(name, value, limits):
     """Raises UserError if the value of the flag, or one of its several, is out of range."""
+    bounds = {"above": lambda a, b: a > b, "least": lambda a, b: a >= b, "below": lambda a, b: a < b, "most": lambda a, b: a <= b}
     for one in value if isinstance(value, tuple) else (value,):
-        outside = limits["choices"] and one not in limits["choices"]
+        good = not limits["choices"] or one in limits["choices"]
         if isinstance(one, float):
-            outside |= math.isnan(one) or math.isinf(one) and not limits["infinite"]
-        if isinstance(one, (int, float)):
-            outside |= any(limits[bound] is not None and not inside(one, limits[bound]) for bound, inside in (
-                ("above", lambda a, b: a > b), ("least", lambda a, b: a >= b), ("below", lambda a, b: a < b),
-                ("most", lambda a, b: a <= b)))
-        if outside:
+            good &= not math.isnan(one) and (math.isfinite(one) or limits["infinite"])
+        for bound, inside in bounds.items():
+            if limits[bound] is not None:
+                good &= inside(one, limits[bound])
+        if not good:
             raise UserError(f"--{name.replace('_', '-')} {one}: must be {allowed(limits) or 'a finite number'}")
 
 

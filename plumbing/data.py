@@ -278,17 +278,21 @@ def sample_order(dataset, seed, counters):
     return [int(permutation(seed, c // n, n)[c % n]) for c in counters]
 
 
-def save_grid(images, path, columns=8):
-    """Pictures in [-1, 1], [N, 3, H, W], as one PNG, by the first process; pictures below 64 pixels are
-    enlarged by a whole factor.
+def save_grid(images, path, columns=8, flag="--out"):
+    """Pictures in [-1, 1], [N, 3, H, W], as one PNG, by the first process; small ones are enlarged by a whole factor.
+
+    Raises UserError, naming the flag that chose the path, if it cannot be written.
     """
     from torchvision.utils import save_image
     if int(os.environ.get("RANK", 0)) > 0:
         return
     scale = max(1, 64 // images.shape[-1])
     images = images.float().clamp(-1, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_image(images / 2 + 0.5, path, nrow=columns, padding=2, pad_value=1.0)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_image(images / 2 + 0.5, path, nrow=columns, padding=2, pad_value=1.0)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error})")
 
 
 def write_text(path, text):

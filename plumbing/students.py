@@ -11,8 +11,7 @@ import torch.utils.checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import BETA_NAMES, Denoiser, UserError, enable_checkpointing, load, one_step, part_of
-from plumbing.run import mean_of
+from common import BETA_NAMES, Denoiser, UserError, enable_checkpointing, load, one_step
 from plumbing.shard import class_of, shard, whole
 
 
@@ -79,12 +78,11 @@ def dense_copy(net, state, device):
 
 
 def convert(run, codec, start, prediction, prompts):
-    """The start as a network that predicts `prediction`: a regression of its x0 at the last timestep onto its
-    old one, clamped.
+    """The start as a network that predicts `prediction`: a regression of its x0 at the last timestep onto its old one.
 
-    At that timestep an epsilon network's x0 carries 1 / alpha_T times its error (14.6 for SD), a v network's
-    x0 is about -v. Reads from the run's config: convert_lr, convert_clamp, clip_norm, gradient_checkpointing.
-    Exports to OUT/pipeline.
+    The old x0 is clamped: at that timestep an epsilon network's carries 1 / alpha_T times its error (14.6 for SD), a
+    v network's is about -v. Reads from the run's config: convert_lr, convert_clamp, clip_norm,
+    gradient_checkpointing. Exports to OUT/pipeline.
     """
     config = run.config
     net = dense_copy(start.net, fold_lora(start.net, None), codec.device).requires_grad_(True)
@@ -93,22 +91,18 @@ def convert(run, codec, start, prediction, prompts):
         enable_checkpointing(net)
     student = Denoiser(net, start.schedule, prediction)
     optimizer = torch.optim.AdamW(net.parameters(), config.convert_lr, weight_decay=0.0, fused=True)
+
+    def loss_student(p):
+        """The student's x0 against the start's."""
+        with torch.no_grad():
+            target = one_step(start, p.z, p.cond).clamp(-config.convert_clamp, config.convert_clamp)
+        loss = (one_step(student, p.z, p.cond) - target).square().mean()
+        return loss, dict(L_convert=loss)
+
     run.begin(dict(student=net, optimizer=optimizer))
     for iteration, y in enumerate(run.prompts(prompts), run.start):
-        z, cond = run.draws(iteration).randn(*codec.shape), codec.cond(y)
-        optimizer.zero_grad()
-        scalars = []
-        for rows in run.micro_batches:
-            with run.autocast():
-                with torch.no_grad():
-                    target = one_step(start, z[rows], part_of(cond, rows)).clamp(-config.convert_clamp, config.convert_clamp)
-                loss = (one_step(student, z[rows], part_of(cond, rows)) - target).square().mean()
-            (loss / len(run.micro_batches)).backward()
-            scalars.append(dict(L_convert=loss))
-        run.average_gradients(net.parameters())
-        torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
-        optimizer.step()
-        if run.finish_iteration(iteration, mean_of(scalars)):
+        parts = run.split(z=run.draws(iteration).randn(*codec.shape), cond=codec.cond(y))
+        if run.finish_iteration(iteration, run.descend(optimizer, parts, loss_student, config.clip_norm)):
             break
     run.end()
     optimizer.zero_grad()
@@ -116,7 +110,8 @@ def convert(run, codec, start, prediction, prompts):
         state = fold_lora(net, None)
         if run.rank == 0:
             # A LoRA student's file belongs on top of this.
-            export_one_step(codec, dense_copy(net, state, "cpu"), prediction, run.out / "pipeline", len(start.schedule))
+            path = run.out / "pipeline"
+            export_one_step(codec, dense_copy(net, state, "cpu"), prediction, path, len(start.schedule))
     net.requires_grad_(False)
     return student
 
