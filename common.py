@@ -411,10 +411,10 @@ def map_cond(function, *conds):
 
 
 def part_of(value, rows):
-    """The rows of a tensor, a list or a condition; a number stays what it is."""
+    """The rows of a tensor, a list or a condition; a number or None stays what it is."""
     if isinstance(value, dict):
         return map_cond(lambda v: v[rows], value)
-    return value if isinstance(value, float) else value[rows]
+    return value if value is None or isinstance(value, float) else value[rows]
 
 
 def class_labels(prompts, classes):

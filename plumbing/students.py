@@ -77,6 +77,11 @@ def dense_copy(net, state, device):
     return new.to(device).eval()
 
 
+# The flags that a conversion depends on.
+CONVERTED_BY = {"model", "student", "student_timestep", "lora", "prompts", "dataset", "seed", "batch_size", "precision",
+                "cache_latents", "prediction", "convert_iterations", "convert_lr", "convert_clamp", "clip_norm"}
+
+
 def convert(run, codec, start, prediction, prompts):
     """The start as a network that predicts `prediction`: a regression of its x0 at the last timestep onto its old one.
 
