@@ -48,7 +48,6 @@ c_skip(1) = 0.0025; here level 0 is the data itself, and t is drawn from 1.
 """
 
 import argparse
-import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -73,7 +72,7 @@ from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse
                           sample_flags)
 from plumbing.data import (agreed, claim_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats,
                            write_text)
-from plumbing.run import Run, choose_device, start_processes
+from plumbing.run import Run, choose_device
 from plumbing.shard import shard, whole
 from plumbing.students import dense_copy, export_one_step, export_student, fold_lora
 
