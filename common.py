@@ -17,12 +17,17 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+import transformers
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 
 class UserError(Exception):
@@ -33,7 +38,8 @@ class UserError(Exception):
 
 
 # The entries of a diffusers scheduler config that say what the noise levels are.
-BETA_NAMES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+BETA_NAMES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+              "rescale_betas_zero_snr")
 
 
 def broadcast(values, t, like):
@@ -58,8 +64,8 @@ class NoiseSchedule:
         """config: a diffusers scheduler config (a dict or a scheduler's .config), of which only the betas
         matter.
         """
-        from diffusers import DDPMScheduler
-        return cls(DDPMScheduler(**{name: config[name] for name in BETA_NAMES if name in config}).alphas_cumprod)
+        betas = {name: config[name] for name in BETA_NAMES if name in config}
+        return cls(diffusers.DDPMScheduler(**betas).alphas_cumprod)
 
     def __len__(self):
         return len(self.alpha)
@@ -233,7 +239,8 @@ class Draws:
 
     def randint(self, low, high):
         """Uniform integers in [low, high), [local batch]."""
-        return torch.randint(low, high, (self.batch_size,), generator=self.generator, device=self.device)[self.rows]
+        shape = (self.batch_size,)
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)[self.rows]
 
 
 class InformativePrior:
@@ -260,7 +267,8 @@ class InformativePrior:
 
     def save(self, folder):
         """Writes folder/informative_prior.safetensors."""
-        save_file(dict(mean=self.mean.cpu().contiguous(), std=self.std.cpu().contiguous()), Path(folder) / self.FILE)
+        tensors = dict(mean=self.mean.cpu().contiguous(), std=self.std.cpu().contiguous())
+        save_file(tensors, Path(folder) / self.FILE)
 
     @classmethod
     def read(cls, folder, device="cpu"):
@@ -287,14 +295,16 @@ def chunks_of(prompts, codec, seed):
 @torch.no_grad()
 def draw_samples(student, codec, prompts, seed):
     """One-step pictures in [-1, 1], [N, 3, H, W], on the CPU, the same for the same seed."""
-    return torch.cat([codec.decode(one_step(student, z, codec.cond(y))).clamp(-1, 1).cpu() for y, z in chunks_of(prompts, codec, seed)])
+    pictures = [codec.decode(one_step(student, z, codec.cond(y))) for y, z in chunks_of(prompts, codec, seed)]
+    return torch.cat([p.clamp(-1, 1).cpu() for p in pictures])
 
 
 @torch.no_grad()
 def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
     """The same from the same noise by a teacher's DDIM."""
-    return torch.cat([codec.decode(ddim_sample(teacher, z, steps, codec.cond(y), codec.null(len(y)), guidance_scale)).clamp(-1, 1).cpu()
-                      for y, z in chunks_of(prompts, codec, seed)])
+    pictures = [codec.decode(ddim_sample(teacher, z, steps, codec.cond(y), codec.null(len(y)), guidance_scale))
+                for y, z in chunks_of(prompts, codec, seed)]
+    return torch.cat([p.clamp(-1, 1).cpu() for p in pictures])
 
 
 # Features of half a UNet
@@ -312,7 +322,8 @@ class HalfUNet(torch.nn.Module):
         super().__init__()
         # What memo names is replaced instead of copied; diffusers' own forward then ends with the mid block's
         # output.
-        memo = {id(unet.up_blocks): torch.nn.ModuleList(), id(unet.conv_norm_out): None, id(unet.conv_out): torch.nn.Identity()}
+        memo = {id(unet.up_blocks): torch.nn.ModuleList(), id(unet.conv_norm_out): None,
+                id(unet.conv_out): torch.nn.Identity()}
         if share:
             memo |= {id(p): p for p in unet.parameters()}
         self.unet = copy.deepcopy(unet, memo)
@@ -427,7 +438,8 @@ def class_labels(prompts, classes):
         words = f" {prompt.lower()} "
         found = [name for name in classes if f" {name.lower()} " in words]
         if not found:
-            raise UserError(f"prompt {prompt!r}: names no class of the model; its classes are {', '.join(classes)}")
+            raise UserError(f"prompt {prompt!r}: names no class of the model; its classes are "
+                            f"{', '.join(classes)}")
         labels.append(classes.index(max(found, key=len)))
     return torch.tensor(labels)
 
@@ -435,49 +447,41 @@ def class_labels(prompts, classes):
 # Pretrained models
 
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline", "DDPMPipeline", "DDIMPipeline")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline", "DDPMPipeline",
+             "DDIMPipeline")
+PIXELS = PIPELINES[3:]
+# What a damaged or missing part makes the libraries raise.
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+def one_line(error):
+    """An error's message in one line, cut at 300 characters."""
+    return " ".join(str(error).split())[:300]
 
 
 def load(path_or_id, device="cpu", lora=""):
-    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in
-    eval mode.
+    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in eval mode.
 
     SD 1.5, 2.1, SDXL, PixArt-alpha, this project's exports, or a UNet2DModel in pixel space
-    (`google/ddpm-cifar10-32`; with classes, their names lie beside it in classes.json). lora: directory or
-    file of LoRA weights that are merged into the network. Raises UserError if it cannot be loaded or is of
-    another class.
+    (`google/ddpm-cifar10-32`; with classes, their names lie beside it in classes.json). lora: directory or file of
+    LoRA weights that are merged into the network. Raises UserError if the pipeline cannot be loaded or is of another
+    class.
     """
-    import diffusers
-    import transformers
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
-    local = Path(path_or_id).is_dir()
-    if not local and (Path(path_or_id).exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/"))):
-        raise UserError(f"{path_or_id}: there is no such directory")
-    if local and not (Path(path_or_id) / "model_index.json").is_file():
-        raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; give the directory that holds one")
+    name = pipeline_class(path_or_id)
+    # The safety checker is a network of its own that training has no use for.
+    no_checker = dict(safety_checker=None, requires_safety_checker=False)
     try:
-        index = diffusers.DiffusionPipeline.load_config(path_or_id)
-        name = index["_class_name"]
-        if name not in PIPELINES:
-            raise UserError(f"{path_or_id}: a {name}, which is not supported; give one of {', '.join(PIPELINES)}")
-        parts = [part for part, source in index.items() if isinstance(source, list) and source[0] and part != "safety_checker"]
-        missing = [part for part in parts if not (Path(path_or_id) / part).is_dir()]
-        if local and missing and name not in ("DDPMPipeline", "DDIMPipeline"):  # google/ddpm-cifar10-32 has no folders
-            raise UserError(f"{path_or_id}: a part is missing, the folder {missing[0]}/")
-        # The safety checker is a network of its own that training has no use for.
-        extra = dict(safety_checker=None, requires_safety_checker=False) if name == "StableDiffusionPipeline" else {}
-        pipe = getattr(diffusers, name).from_pretrained(path_or_id, dtype=torch.float32, **extra)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if local:
-            raise UserError(f"{path_or_id}: cannot be loaded, a part is missing or damaged ({reason})")
-        raise UserError(f"{path_or_id}: neither a local directory nor to be had from the Hugging Face hub ({reason}); "
-                        "a local directory works without a network")
+        pipe = getattr(diffusers, name).from_pretrained(
+            path_or_id, dtype=torch.float32, **(no_checker if name == "StableDiffusionPipeline" else {}))
+    except LOAD_ERRORS as error:
+        raise cannot_load(path_or_id, error)
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()  # from here on; the Codec warns of long prompts itself, once
     if hasattr(pipe, "text_encoder") and len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size // 2:
-        raise UserError(f"{path_or_id}: a part is missing or damaged, its tokenizer knows only {len(pipe.tokenizer)} tokens")
+        raise UserError(f"{path_or_id}: a part is missing or damaged, its tokenizer knows only "
+                        f"{len(pipe.tokenizer)} tokens")
     if lora:
         merge_lora_file(pipe, lora)
     for part in pipe.components.values():
@@ -488,6 +492,37 @@ def load(path_or_id, device="cpu", lora=""):
     classes = Path(path_or_id) / "classes.json"
     return (Denoiser(net, schedule, pipe.scheduler.config.get("prediction_type", "epsilon")),
             Codec(pipe, json.loads(classes.read_text()) if classes.is_file() else None))
+
+
+def pipeline_class(path_or_id):
+    """The name of a pipeline's class, from its model_index.json; raises UserError where `load` would fail on it."""
+    local, name = Path(path_or_id).is_dir(), str(path_or_id)
+    if not local and (Path(path_or_id).exists() or name.count("/") != 1 or name.startswith((".", "/"))):
+        raise UserError(f"{path_or_id}: there is no such directory")
+    if local and not (Path(path_or_id) / "model_index.json").is_file():
+        raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; give the directory "
+                        "that holds one")
+    try:
+        index = diffusers.DiffusionPipeline.load_config(path_or_id)
+        name = index["_class_name"]
+    except LOAD_ERRORS as error:
+        raise cannot_load(path_or_id, error)
+    if name not in PIPELINES:
+        raise UserError(f"{path_or_id}: a {name}, which is not supported; give one of {', '.join(PIPELINES)}")
+    parts = [part for part, source in index.items()
+             if isinstance(source, list) and source[0] and part != "safety_checker"]
+    missing = [part for part in parts if not (Path(path_or_id) / part).is_dir()]
+    if local and missing and name not in PIXELS:  # google/ddpm-cifar10-32 has no folders
+        raise UserError(f"{path_or_id}: a part is missing, the folder {missing[0]}/")
+    return name
+
+
+def cannot_load(path_or_id, error):
+    """The UserError for a pipeline that a library could not load."""
+    if Path(path_or_id).is_dir():
+        return UserError(f"{path_or_id}: cannot be loaded, a part is missing or damaged ({one_line(error)})")
+    return UserError(f"{path_or_id}: neither a local directory nor to be had from the Hugging Face hub "
+                     f"({one_line(error)}); a local directory works without a network")
 
 
 class Codec:
@@ -505,12 +540,13 @@ class Codec:
         self.shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
         self.vae = getattr(pipe, "vae", None)
         self.picture_size = self.shape[-1] * (pipe.vae_scale_factor if self.vae is not None else 1)
-        self.guided = self.name not in ("DDPMPipeline", "DDIMPipeline") or net.config.num_class_embeds is not None
+        self.guided = self.name not in PIXELS or net.config.num_class_embeds is not None
         if self.vae is None and self.guided and classes is None:
             # A published class-conditional network without names: prompts name the class by its number; the
             # last is "none".
             self.classes = [str(i) for i in range(net.config.num_class_embeds - 1)]
-        self.has_null = self.guided and (self.vae is not None or net.config.num_class_embeds > len(self.classes))
+        self.has_null = self.guided and (self.vae is not None
+                                         or net.config.num_class_embeds > len(self.classes))
         self.device = next(net.parameters()).device
         self.cache = None  # see cache_conditions
 
@@ -529,11 +565,12 @@ class Codec:
                 embeddings, _, pooled, _ = self.pipe.encode_prompt(prompts, **arguments)
                 pixels = self.picture_size
                 # Micro-conditioning: original size, crop corner, target size.
-                time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=pooled.dtype, device=self.device)
+                time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).to(pooled)
                 added = dict(text_embeds=pooled, time_ids=time_ids.expand(len(prompts), -1))
                 return dict(encoder_hidden_states=embeddings, added_cond_kwargs=added)
             case "PixArtAlphaPipeline":
-                embeddings, mask, _, _ = self.pipe.encode_prompt(prompts, max_sequence_length=self._max_tokens(), **arguments)
+                arguments["max_sequence_length"] = self._max_tokens()
+                embeddings, mask, _, _ = self.pipe.encode_prompt(prompts, **arguments)
                 resolution = aspect_ratio = None
                 if self.pipe.transformer.config.sample_size == 128:  # the 1024-pixel model is told its size
                     resolution = torch.full((len(prompts), 2), float(self.picture_size), device=self.device)
@@ -548,11 +585,13 @@ class Codec:
         class "none".
         """
         if self.vae is None:
-            return dict(class_labels=torch.full((n,), len(self.classes), device=self.device)) if self.guided else {}
+            none = torch.full((n,), len(self.classes or ()), device=self.device)
+            return dict(class_labels=none) if self.guided else {}
         null = self.cond([""])
         if self.pipe.config.get("force_zeros_for_empty_prompt", False):
+            added = null["added_cond_kwargs"]
             null["encoder_hidden_states"] = torch.zeros_like(null["encoder_hidden_states"])
-            null["added_cond_kwargs"]["text_embeds"] = torch.zeros_like(null["added_cond_kwargs"]["text_embeds"])
+            added["text_embeds"] = torch.zeros_like(added["text_embeds"])
         return map_cond(lambda v: v.expand(n, *v.shape[1:]), null)
 
     def encode(self, images):
@@ -583,8 +622,9 @@ class Codec:
         limit, shown = self._max_tokens(), list(prompts)[::max(1, len(prompts) // 2000)]
         long = sum(len(ids) > limit for ids in tokenizer(shown).input_ids)
         if long and int(os.environ.get("RANK", 0)) == 0:
-            print(f"{long} of {len(shown)} prompts{' looked at' * (len(shown) < len(prompts))} are longer than the text encoder's "
-                  f"{limit} tokens; their ends are not read", file=sys.stderr)
+            seen = f"{len(shown)} prompts{' looked at' * (len(shown) < len(prompts))}"
+            print(f"{long} of {seen} are longer than the text encoder's {limit} tokens; their ends are not read",
+                  file=sys.stderr)
 
 
 def load_decoder(path_or_id, codec):
@@ -595,16 +635,15 @@ def load_decoder(path_or_id, codec):
     """
     if not path_or_id or codec.vae is None:
         return codec.decode
-    from diffusers import AutoencoderTiny
     if path_or_id == "tiny":
-        path_or_id = "madebyollin/taesdxl" if codec.name == "StableDiffusionXLPipeline" else "madebyollin/taesd"
+        path_or_id = f"madebyollin/{'taesdxl' if codec.name == 'StableDiffusionXLPipeline' else 'taesd'}"
     try:
-        tiny = AutoencoderTiny.from_pretrained(path_or_id).to(codec.device).eval().requires_grad_(False)
-        with torch.no_grad():
-            tiny.decode(torch.zeros(1, *codec.shape, device=codec.device))  # other latents fail here, not after the warm-ups
+        tiny = diffusers.AutoencoderTiny.from_pretrained(path_or_id).to(codec.device).eval().requires_grad_(False)
+        with torch.no_grad():  # other latents fail here, not after the warm-ups
+            tiny.decode(torch.zeros(1, *codec.shape, device=codec.device))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"--decoder {path_or_id}: cannot be loaded ({' '.join(str(error).split())[:300]}); "
-                        "give a local directory of an AutoencoderTiny, or an empty one for the model's own decoder")
+        raise UserError(f"--decoder {path_or_id}: cannot be loaded ({one_line(error)}); give a local directory of an "
+                        "AutoencoderTiny, or an empty one for the model's own decoder")
     return lambda x0: tiny.decode(x0).sample
 
 
@@ -612,8 +651,8 @@ def load_decoder(path_or_id, codec):
 
 
 # Attention, feed-forward and convolutions, as the authors of YOSO chose them.
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv1",
-                "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+                "time_emb_proj", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 
 
 def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
@@ -622,15 +661,13 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     It acts inside `use_lora(net, name)`, and in a Denoiser with that adapter. The network's own weights stay
     frozen.
     """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters on one network are meant
+        # Several adapters on one network are meant.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
         if hasattr(net, "add_adapter"):
             net.add_adapter(config, adapter_name=name)
         else:  # PixArtTransformer2DModel
-            from peft import inject_adapter_in_model
             inject_adapter_in_model(config, net, adapter_name=name)
         net.peft_config = getattr(net, "peft_config", {}) | {name: config}
     net.lora_layers = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
@@ -712,14 +749,14 @@ def merge_lora_file(pipe, path):
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(path)
             if not any(pipe.get_list_adapters().values()):
-                raise UserError(f"{path}: none of its LoRA weights belongs to this pipeline's network; they are for another base")
+                raise UserError(f"{path}: none of its LoRA weights belongs to this pipeline's network; they are for "
+                                "another base")
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         else:  # PixArtAlphaPipeline
-            from peft import PeftModel
             pipe.transformer = PeftModel.from_pretrained(pipe.transformer, path).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be loaded as LoRA weights ({' '.join(str(error).split())[:300]})")
+        raise UserError(f"{path}: cannot be loaded as LoRA weights ({one_line(error)})")
 
 
 # Scorers
@@ -727,7 +764,8 @@ def merge_lora_file(pipe, path):
 
 SCORERS = {
     "clip": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
-    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),  # PickScore has no processor of its own
+    # PickScore has no processor of its own.
+    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
 }
 
 
@@ -755,7 +793,8 @@ class Scorer:
         x = pictures.float() / 2 + 0.5
         if min(x.shape[2:]) != self.size:
             scale = self.size / min(x.shape[2:])
-            x = F.interpolate(x, size=[int(side * scale + 1e-6) for side in x.shape[2:]], mode="bicubic", antialias=True)
+            size = [int(side * scale + 1e-6) for side in x.shape[2:]]
+            x = F.interpolate(x, size=size, mode="bicubic", antialias=True)
         top, left = ((side - self.size) // 2 for side in x.shape[2:])
         x = x[:, :, top:top + self.size, left:left + self.size]
         return F.normalize(self.embed_images((x - self.mean.to(x)) / self.std.to(x)).float(), dim=-1)
@@ -772,22 +811,25 @@ def load_scorer(name, device="cpu"):
     Raises UserError if it cannot be loaded.
     """
     try:
-        scorer = _open_clip_scorer(device) if name == "hps" else _transformers_scorer(*SCORERS.get(name, (name, name)), device)
+        if name == "hps":
+            scorer = _open_clip_scorer(device)
+        else:
+            scorer = _transformers_scorer(*SCORERS.get(name, (name, name)), device)
         with torch.no_grad():  # sizes that do not fit fail here, not after the warm-ups
             scorer(torch.zeros(1, 3, scorer.size, scorer.size, device=device), scorer.texts([""]))
         return scorer
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{name}: cannot be loaded as a CLIPModel with its processor ({' '.join(str(error).split())[:300]}); "
+    except LOAD_ERRORS as error:
+        raise UserError(f"{name}: cannot be loaded as a CLIPModel with its processor ({one_line(error)}); "
                         "a local directory works without a network")
 
 
 def _transformers_scorer(model_id, processor_id, device):
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
     model, report = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"]:  # they would be random
         raise ValueError(f"weights are missing, among them {sorted(report['missing_keys'])[0]}")
     model.to(device).eval().requires_grad_(False)
-    tokenizer, processor = AutoTokenizer.from_pretrained(processor_id), AutoImageProcessor.from_pretrained(processor_id)
+    tokenizer = AutoTokenizer.from_pretrained(processor_id)
+    processor = AutoImageProcessor.from_pretrained(processor_id)
 
     def embed_texts(prompts):
         tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
@@ -801,8 +843,10 @@ def _transformers_scorer(model_id, processor_id, device):
 def _open_clip_scorer(device, architecture="ViT-H-14"):
     import open_clip
     from huggingface_hub import hf_hub_download
-    model = open_clip.create_model(architecture, hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt"), device=device)
+    weights = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    model = open_clip.create_model(architecture, weights, device=device)
     model.eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(architecture)
-    return Scorer(model.encode_image, lambda prompts: model.encode_text(tokenizer(list(prompts)).to(device)),
-                  model.visual.image_size[0], open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device)
+    embed_texts = lambda prompts: model.encode_text(tokenizer(list(prompts)).to(device))
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return Scorer(model.encode_image, embed_texts, model.visual.image_size[0], mean, std, device)
