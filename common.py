@@ -1,9 +1,9 @@
-"""What the three methods share; nothing here belongs to one of them, and nothing to the machinery of a run
-(see plumbing/).
+"""What a reader of a method needs besides the method: nothing here belongs to one of them, or to a run's
+machinery.
 
-One convention everywhere: x_t = alpha_t x0 + sigma_t eps, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t =
-sqrt(1 - alpha_t^2). x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B];
-coefficients come as [B, 1, 1, 1].
+One convention everywhere: x_t = alpha_t x0 + sigma_t eps, alpha_t = sqrt(alphas_cumprod[t]), alpha_t^2 +
+sigma_t^2 = 1. x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients
+come as [B, 1, 1, 1].
 
 Sections: noise schedule, denoiser, sampling, half-UNet, EMA, distances, conditions, pretrained models, LoRA,
 scorers.
@@ -302,9 +302,11 @@ def draw_samples(student, codec, prompts, seed):
 @torch.no_grad()
 def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
     """The same from the same noise by a teacher's DDIM."""
-    pictures = [codec.decode(ddim_sample(teacher, z, steps, codec.cond(y), codec.null(len(y)), guidance_scale))
-                for y, z in chunks_of(prompts, codec, seed)]
-    return torch.cat([p.clamp(-1, 1).cpu() for p in pictures])
+    pictures = []
+    for y, z in chunks_of(prompts, codec, seed):
+        x0 = ddim_sample(teacher, z, steps, codec.cond(y), codec.null(len(y)), guidance_scale)
+        pictures.append(codec.decode(x0).clamp(-1, 1).cpu())
+    return torch.cat(pictures)
 
 
 # Features of half a UNet
@@ -460,12 +462,13 @@ def one_line(error):
 
 
 def load(path_or_id, device="cpu", lora=""):
-    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in eval mode.
+    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in
+    eval mode.
 
     SD 1.5, 2.1, SDXL, PixArt-alpha, this project's exports, or a UNet2DModel in pixel space
-    (`google/ddpm-cifar10-32`; with classes, their names lie beside it in classes.json). lora: directory or file of
-    LoRA weights that are merged into the network. Raises UserError if the pipeline cannot be loaded or is of another
-    class.
+    (`google/ddpm-cifar10-32`; with classes, their names lie beside it in classes.json). lora: directory or
+    file of LoRA weights that are merged into the network. Raises UserError if the pipeline cannot be loaded
+    or is of another class.
     """
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
@@ -495,13 +498,15 @@ def load(path_or_id, device="cpu", lora=""):
 
 
 def pipeline_class(path_or_id):
-    """The name of a pipeline's class, from its model_index.json; raises UserError where `load` would fail on it."""
+    """The name of a pipeline's class, from its model_index.json; raises UserError where `load` would fail on
+    it.
+    """
     local, name = Path(path_or_id).is_dir(), str(path_or_id)
     if not local and (Path(path_or_id).exists() or name.count("/") != 1 or name.startswith((".", "/"))):
         raise UserError(f"{path_or_id}: there is no such directory")
     if local and not (Path(path_or_id) / "model_index.json").is_file():
-        raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; give the directory "
-                        "that holds one")
+        raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; "
+                        "give the directory that holds one")
     try:
         index = diffusers.DiffusionPipeline.load_config(path_or_id)
         name = index["_class_name"]
@@ -623,8 +628,8 @@ class Codec:
         long = sum(len(ids) > limit for ids in tokenizer(shown).input_ids)
         if long and int(os.environ.get("RANK", 0)) == 0:
             seen = f"{len(shown)} prompts{' looked at' * (len(shown) < len(prompts))}"
-            print(f"{long} of {seen} are longer than the text encoder's {limit} tokens; their ends are not read",
-                  file=sys.stderr)
+            print(f"{long} of {seen} are longer than the text encoder's {limit} tokens; "
+                  "their ends are not read", file=sys.stderr)
 
 
 def load_decoder(path_or_id, codec):
@@ -638,12 +643,13 @@ def load_decoder(path_or_id, codec):
     if path_or_id == "tiny":
         path_or_id = f"madebyollin/{'taesdxl' if codec.name == 'StableDiffusionXLPipeline' else 'taesd'}"
     try:
-        tiny = diffusers.AutoencoderTiny.from_pretrained(path_or_id).to(codec.device).eval().requires_grad_(False)
+        tiny = diffusers.AutoencoderTiny.from_pretrained(path_or_id).to(codec.device)
+        tiny.eval().requires_grad_(False)
         with torch.no_grad():  # other latents fail here, not after the warm-ups
             tiny.decode(torch.zeros(1, *codec.shape, device=codec.device))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"--decoder {path_or_id}: cannot be loaded ({one_line(error)}); give a local directory of an "
-                        "AutoencoderTiny, or an empty one for the model's own decoder")
+        raise UserError(f"--decoder {path_or_id}: cannot be loaded ({one_line(error)}); give a local directory "
+                        "of an AutoencoderTiny, or an empty one for the model's own decoder")
     return lambda x0: tiny.decode(x0).sample
 
 
@@ -652,7 +658,8 @@ def load_decoder(path_or_id, codec):
 
 # Attention, feed-forward and convolutions, as the authors of YOSO chose them.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-                "time_emb_proj", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+                "time_emb_proj", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
+                "upsamplers.0.conv")
 
 
 def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
@@ -749,8 +756,8 @@ def merge_lora_file(pipe, path):
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(path)
             if not any(pipe.get_list_adapters().values()):
-                raise UserError(f"{path}: none of its LoRA weights belongs to this pipeline's network; they are for "
-                                "another base")
+                raise UserError(f"{path}: none of its LoRA weights belongs to this pipeline's network; "
+                                "they are for another base")
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         else:  # PixArtAlphaPipeline

@@ -37,17 +37,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 from common import (EMA, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError, check_targets, chunk_for,
                     ddim_sample, draw_many_steps, draw_samples, enable_checkpointing, load, load_decoder,
                     load_distance, load_scorer, map_cond, one_step, remove_lora)
-from plumbing.cache import cache_conditions
+from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
 from plumbing.cli import RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config, run_command, sample_flags
-from plumbing.data import claim_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats
+from plumbing.data import load_dataset, prompts_of, sample_order, save_grid, to_floats
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import class_of, shard
 from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_step, export_student, fold_lora, load_teacher,
@@ -376,41 +373,29 @@ def ddim_invert(teacher, x0, steps, cond):
 
 @torch.no_grad()
 def prepare_pairs(config, teacher, codec, prompts):
-    """Pairs (z, x0, prompt) of the image regularisation, from OUT/pairs, where what is missing is made first.
+    """The pairs (z, x0 [N, C, H, W], prompts) of the image regularisation, kept in OUT/pairs.
 
-    "pairs": z is noise and x0 what the teacher's guided DDIM makes of it. "inversion": x0 is a picture of
-    --dataset and z its noise by unguided DDIM backwards. Returns z, x0 [N, C, H, W] on the CPU and the list
-    of prompts.
+    "pairs": z is noise and x0 what the teacher's guided DDIM makes of it. "inversion": x0 is a picture of --dataset
+    and z its noise by unguided DDIM backwards.
     """
-    folder, rank, world = Path(config.out) / "pairs", int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chunk = chunk_for(codec)
-    dataset = load_dataset(config.dataset, codec.picture_size, config.seed) if config.regularise == "inversion" else None
-    parts = [range(i, min(i + chunk, config.regularise_num)) for i in range(0, config.regularise_num, chunk)]
-    files = [folder / f"{part.start:06d}-{part.stop:06d}.safetensors" for part in parts]
-    missing = claim_folder(folder, {name: getattr(config, name) for name in (
-        "model", "prompts", "dataset", "seed", "teacher_guidance", "regularise", "regularise_steps")}, [file.name for file in files])
-    for i in tqdm([i for i, file in enumerate(files) if file.name in missing][rank::world], desc="pairs", disable=rank > 0):
-        draw = Draws(config.seed, 10**9 + i, len(parts[i]), slice(None), "cpu")
-        if dataset is None:
-            y, z = [prompts[k] for k in draw.randint(0, len(prompts))], draw.randn(*codec.shape).to(codec.device)
-            x0 = ddim_sample(teacher, z, config.regularise_steps, codec.cond(y), codec.null(len(y)), config.teacher_guidance)
-        else:
-            samples = [dataset[k] for k in sample_order(dataset, config.seed, parts[i])]
+    inverted = config.regularise == "inversion"
+    dataset = load_dataset(config.dataset, codec.picture_size, config.seed) if inverted else None
+
+    def make(i, numbers):
+        """The i-th chunk, the pairs of these numbers."""
+        if inverted:
+            samples = [dataset[k] for k in sample_order(dataset, config.seed, numbers)]
             y = [s["caption"] for s in samples]
             x0 = codec.encode(to_floats(torch.stack([s["image"] for s in samples]).to(codec.device)))
-            z = ddim_invert(teacher, x0, config.regularise_steps, codec.cond(y))
-        temporary = files[i].with_suffix(f".tmp{rank}")
-        save_file(dict(z=z.cpu().contiguous(), x0=x0.cpu().contiguous()), temporary, metadata=dict(prompts=json.dumps(y)))
-        temporary.rename(files[i])
-    if world > 1:
-        dist.barrier()
-    z, x0, y = [], [], []
-    for file in files:
-        if not file.exists():
-            raise UserError(f"--out {config.out}: the other processes' pairs are not there; choose a folder that all processes share")
-        with safe_open(file, "pt") as f:
-            z, x0, y = [*z, f.get_tensor("z")], [*x0, f.get_tensor("x0")], y + json.loads(f.metadata()["prompts"])
-    return torch.cat(z), torch.cat(x0), y
+            return ddim_invert(teacher, x0, config.regularise_steps, codec.cond(y)), x0, y
+        draw = Draws(config.seed, 10**9 + i, len(numbers), slice(None), "cpu")
+        y, z = [prompts[k] for k in draw.randint(0, len(prompts))], draw.randn(*codec.shape).to(codec.device)
+        null, steps = codec.null(len(y)), config.regularise_steps
+        return z, ddim_sample(teacher, z, steps, codec.cond(y), null, config.teacher_guidance), y
+
+    names = ("model", "prompts", "dataset", "seed", "teacher_guidance", "regularise", "regularise_steps")
+    made_by = {name: getattr(config, name) for name in names}
+    return cache_pairs(Path(config.out) / "pairs", config.regularise_num, chunk_for(codec), made_by, make)
 
 
 # Sampling

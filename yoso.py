@@ -55,14 +55,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DDPMPipeline, LCMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError, chunk_for,
                     draw_many_steps, enable_checkpointing, frozen, load, load_distance, map_cond, squared_distance)
@@ -70,8 +67,7 @@ from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config, run_command,
                           sample_flags)
-from plumbing.data import (agreed, claim_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats,
-                           write_text)
+from plumbing.data import generate_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats
 from plumbing.run import Run, choose_device
 from plumbing.shard import shard, whole
 from plumbing.students import dense_copy, export_one_step, export_student, fold_lora
@@ -763,51 +759,33 @@ def check(config):
     refuse(config.attention and len(config.channels) < 2, "attention", "must be off where --channels has one resolution")
 
 
-def prepare_data(config, device):
-    """The folder OUT/data: --generate pictures of --generator, a PNG and its caption each; what is there
-    already is kept.
-    """
+def generated_data(config, device):
+    """The folder OUT/data of --generate pictures that --generator draws, each with its prompt as its caption."""
+    def load_artist():
+        """(prompts, draw) of what draws: draw(prompts, number of the first) -> their pictures."""
+        prior = InformativePrior.read(config.generator, device)
+        sampler = Sampler(*load(config.generator, device, config.generator_lora), prior)
+        draw = lambda y, first: torch.cat(list(draw_pictures(sampler, y, config.nfe, config.seed, first)))
+        return prompts_of(config, sampler.codec), draw, chunk_for(sampler.codec)
+
     folders = [Path(folder) / "data" for folder in (config.out, config.resume) if folder]
     folder = next((folder for folder in folders if folder.exists()), folders[0])
-    names = [f"{i:08d}" for i in range(config.generate)]
-    # What can be missing is loaded before the folder is made; where all pictures are there, it is not needed.
-    if agreed(lambda: not all((folder / f"{name}.txt").exists() for name in names)):
-        sampler = Sampler(*load(config.generator, device, config.generator_lora),
-                          InformativePrior.read(config.generator, device))
-        prompts = prompts_of(config, sampler.codec)
     made_by = ("generator", "generator_lora", "nfe", "prompts", "dataset", "seed")
-    missing = claim_folder(folder, {k: getattr(config, k) for k in made_by}, [f"{name}.txt" for name in names])
-    more = agreed(lambda: len(list(folder.glob("*.txt")))) - config.generate + len(missing)
-    if more > 0:
-        raise UserError(f"--generate {config.generate}: {folder} holds {more} pictures more; raise the number, or delete it")
-    if not missing:
-        return str(folder)
-    chunk, rank, world = chunk_for(sampler.codec), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    firsts = sorted({int(Path(name).stem) // chunk * chunk for name in missing})
-    for first in tqdm(firsts[rank::world], desc="pictures", disable=rank > 0):
-        y = [prompts[i % len(prompts)] for i in range(first, min(first + chunk, config.generate))]
-        pictures = torch.cat(list(draw_pictures(sampler, y, config.nfe, config.seed, first)))
-        pictures = ((pictures / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        for name, picture, caption in zip(names[first:], pictures, y):
-            Image.fromarray(picture).save(folder / f"{name}.png")
-            write_text(folder / f"{name}.txt", caption)  # second: where there is a caption, the picture is complete
-    if world > 1:
-        dist.barrier()
-    return str(folder)
+    return generate_folder(folder, config.generate, {name: getattr(config, name) for name in made_by}, load_artist)
 
 
 @torch.no_grad()
 def estimate_prior(run, config, codec, dataset):
     """The InformativePrior of the run's first pictures; kept in OUT for a resumed run."""
     prior = InformativePrior.read(config.out, codec.device) if run.start else None
-    if not prior:
-        chunk, latents = chunk_for(codec), []
-        for first in range(0, config.prior_num, chunk):
-            order = sample_order(dataset, config.seed, range(first, min(first + chunk, config.prior_num)))
-            pictures = to_floats(torch.stack([dataset[i]["image"] for i in order]).to(codec.device))
-            latents.append(codec.encode(pictures).cpu())
-        prior = InformativePrior.of(torch.cat(latents).to(codec.device))
-        prior.save(config.out)
+    if prior:
+        return prior
+    latents, order = [], sample_order(dataset, config.seed, range(config.prior_num))
+    for first in range(0, len(order), chunk := chunk_for(codec)):
+        pictures = torch.stack([dataset[i]["image"] for i in order[first:first + chunk]])
+        latents.append(codec.encode(to_floats(pictures.to(codec.device))).cpu())
+    prior = InformativePrior.of(torch.cat(latents).to(codec.device))
+    prior.save(config.out)
     return prior
 
 
@@ -871,7 +849,7 @@ def captioned_data(config, codec, codec_d, device):
     """(dataset, captions of its first 64 pictures) of a fine-tuning, generated or cached where the flags say
     so.
     """
-    name = prepare_data(config, device) if config.generate else config.dataset
+    name = generated_data(config, device) if config.generate else config.dataset
     dataset = load_dataset(name, codec.picture_size, config.seed)
     captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
     if not any(captions):

@@ -109,6 +109,26 @@ def cache_conditions(codec, prompts, folder, made_by):
             part.to("cpu")
 
 
+def cache_pairs(folder, num, chunk, made_by, make):
+    """Pairs (z, x0 [num, C, H, W] on the CPU, prompts), made in chunks, each process its share, and kept in the folder.
+
+    make(i, range of numbers) -> (z, x0, prompts) of the i-th chunk; made_by: what the pairs depend on, a dict. Raises
+    UserError if the folder holds others, or cannot be written.
+    """
+    chunks = [range(i, min(i + chunk, num)) for i in range(0, num, chunk)]
+    names = [f"{numbers.start:06d}-{numbers.stop:06d}.safetensors" for numbers in chunks]
+    missing = claim_folder(folder, made_by, names)
+    for name in shared_out(missing, "pairs"):
+        i = names.index(name)
+        z, x0, prompts = make(i, chunks[i])
+        write_tensors(folder / name, dict(z=z.cpu(), x0=x0.cpu()), dict(prompts=json.dumps(prompts)))
+    if dist.is_initialized():
+        dist.barrier()
+    files = [open_safetensors(folder / name) for name in names]
+    z, x0 = (torch.cat([torch.from_numpy(file.get_tensor(key)) for file in files]) for key in ("z", "x0"))
+    return z, x0, [prompt for file in files for prompt in json.loads(file.metadata()["prompts"])]
+
+
 def shared_out(names, what):
     """This process's share of the files that are to be made, with a bar."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

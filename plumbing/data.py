@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from common import UserError, class_labels
 from plumbing.shapes import Shapes
@@ -329,6 +330,36 @@ def claim_folder(folder, made_by, names):
         return [name for name in names if not (folder / name).exists()]
 
     return agreed(missing)
+
+
+def generate_folder(folder, num, made_by, load_artist):
+    """A folder of num drawn pictures, a PNG and its caption each, which every process makes its share of -> its name.
+
+    load_artist() -> (prompts, draw, chunk): draw(prompts, number of the first) gives their pictures in [-1, 1], up to
+    `chunk` at once; it is only called where something is missing. made_by: what the pictures depend on, a dict.
+    Raises UserError if the folder holds others, or more of them.
+    """
+    names = [f"{i:08d}" for i in range(num)]
+    # What can be missing is loaded before the folder is made.
+    if agreed(lambda: not all((folder / f"{name}.txt").exists() for name in names)):
+        prompts, draw, chunk = load_artist()
+    missing = claim_folder(folder, made_by, [f"{name}.txt" for name in names])
+    more = agreed(lambda: len(list(folder.glob("*.txt")))) - num + len(missing)
+    if more > 0:
+        raise UserError(f"--generate {num}: {folder} holds {more} pictures more; raise the number, or delete it")
+    if not missing:
+        return str(folder)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    firsts = sorted({int(Path(name).stem) // chunk * chunk for name in missing})
+    for first in tqdm(firsts[rank::world], desc="pictures", disable=rank > 0):
+        y = [prompts[i % len(prompts)] for i in range(first, min(first + chunk, num))]
+        pictures = ((draw(y, first) / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for name, picture, caption in zip(names[first:], pictures, y):
+            Image.fromarray(picture).save(folder / f"{name}.png")
+            write_text(folder / f"{name}.txt", caption)  # second: a caption says that its picture is complete
+    if dist.is_initialized():
+        dist.barrier()
+    return str(folder)
 
 
 def digest(texts):
