@@ -249,11 +249,12 @@ def generator_loss(fake_logits, d_rec, d_con, lambda_rec, lambda_con):
     return L_rec + L_con + L_adv, dict(L_rec=L_rec, L_con=L_con, L_adv=L_adv)
 
 
-def weights_of(con_weight, schedule, t, t_con):
-    """(lambda_t, lambda_t^con) without their factors, [B] each."""
+def weights_of(config, schedule, t, t_con):
+    """The weights of reconstruction and consistency with their factors and their limit, [B] each."""
     snr_t, snr_con = schedule.snr(t), schedule.snr(t_con)
-    weight = sqrt_consistency_weight if con_weight == "sqrt" else consistency_weight
-    return reconstruction_weight(snr_t), weight(snr_t, snr_con)
+    weight = sqrt_consistency_weight if config.con_weight == "sqrt" else consistency_weight
+    return (config.lambda_rec * reconstruction_weight(snr_t).clamp(max=config.weight_limit),
+            config.lambda_con * weight(snr_t, snr_con).clamp(max=config.weight_limit))
 
 
 def adversarial_pair(adversary, schedule, p, fake):
@@ -550,65 +551,63 @@ def condition(codec, captions, draw, latent_z):
 
 
 def distances_of(fake, p, config, distances):
-    """(d(fake, x0), d(fake, target)), [B] each, with the gradient to fake, whose features are computed once
-    for both.
-    """
-    names = {config.rec_distance, *([config.con_distance] if config.lambda_con else [])}
-    of_fake = {name: distances[name][0](fake, p.cond_d) for name in names}
+    """(d(fake, x0), d(fake, target)), [B] each, None where the target has no weight; the gradient goes to fake alone.
 
-    def distance_to(x, name):
+    Features of fake are computed once, though both terms may compare them.
+    """
+    pairs = [(config.rec_distance, p.x0)] + [(config.con_distance, p.target)] * (config.lambda_con > 0)
+    of_fake = {name: distances[name][0](fake, p.cond_d) for name in dict(pairs)}
+    d = []
+    for name, x in pairs:
         features, distance = distances[name]
         with torch.no_grad():
             of_x = features(x, p.cond_d)
-        return distance(of_fake[name], of_x)
-
-    return distance_to(p.x0, config.rec_distance), distance_to(p.target, config.con_distance) if config.lambda_con else None
+        d.append(distance(of_fake[name], of_x))
+    return d if len(d) == 2 else (*d, None)
 
 
 def train_step(iteration, pictures, captions, config, run, models):
-    """Algorithm 1 on this rank's pictures [B, 3, H, W] in [-1, 1] and captions [B]; returns the scalars to
-    log.
-    """
-    G, D, schedule, draw = models.generator, models.discriminator, models.generator.schedule, run.draws(iteration)
-    k, m = (max(1, round(offset * len(schedule) / 1000)) for offset in (config.real_offset, config.con_offset))
+    """Algorithm 1 on this rank's pictures [B, 3, H, W] in [-1, 1] and captions [B]; returns the scalars to log."""
+    G, D, codec, draw = models.generator, models.discriminator, models.codec, run.draws(iteration)
+    T = len(G.schedule) - 1
+    k, m = (max(1, round(offset * (T + 1) / 1000)) for offset in (config.real_offset, config.con_offset))
 
-    # 1. One t and one eps a sample; its three levels share them.
-    t, eps, noise = draw.randint(1, len(schedule)), draw.randn(*models.codec.shape), draw.randn(*models.codec.shape)
+    # 1. One t and one eps a sample, which its three levels share.
+    t, eps, noise = draw.randint(1, T + 1), draw.randn(*codec.shape), draw.randn(*codec.shape)
     if config.flip:
         pictures = torch.where(draw.randint(0, 2).bool().view(-1, 1, 1, 1), pictures.flip(3), pictures)
-    cond = condition(models.codec, captions, draw, config.latent_z)
-    cond_d = cond if models.codec_d is models.codec else models.codec_d.cond(captions)
-    parts = run.split(pictures=pictures, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps,
-                      noise=noise, cond=cond, cond_d=cond_d)
+    cond = condition(codec, captions, draw, config.latent_z)
+    cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)
+    with torch.no_grad():  # the posterior's mean: D would take its noise for a mark of the data
+        x0 = torch.cat([codec.encode(pictures[rows]) for rows in run.micro_batches])
+    parts = run.split(x0=x0, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps, noise=noise,
+                      cond=cond, cond_d=cond_d)
 
     # 2, 3. One forward of G(x_t, t) serves both updates. With several micro-batches that would keep all their
     # graphs: there the generator's update repeats the forward.
     keep_graph = len(parts) == 1
     for p in parts:
-        with torch.no_grad():
-            p.x0 = models.codec.encode(p.pictures)  # the mean: D would take the posterior's noise for a mark of the data
         with run.autocast(), torch.set_grad_enabled(keep_graph):
             p.fake = predict_x0(G, p, p.t)
         with run.autocast(), torch.no_grad():
             p.real = predict_x0(G, p, p.t_real) if config.adversary == "self" else p.x0
-            if config.lambda_con:
-                p.target = p.real if k == m and config.adversary == "self" else predict_x0(G, p, p.t_con)
+            shared = k == m and config.adversary == "self"
+            p.target = p.real if shared or not config.lambda_con else predict_x0(G, p, p.t_con)
 
-    def loss_D(p):  # 4. Both sides are detached; R1 asks for the gradient at the real side.
-        real, fake, level = adversarial_pair(config.adversary, schedule, p, p.fake.detach())
-        real = real.detach().requires_grad_(with_r1)
-        twice = map_cond(lambda v: torch.cat([v, v]), p.cond_d)
-        real_logits, fake_logits = D(torch.cat([real, fake]), torch.cat([level, level]), twice).float().chunk(2)
+    def loss_D(p):  # 4. Both sides are detached; D is told the fake's t. R1 asks for the gradient at the real side.
+        real, fake, level = adversarial_pair(config.adversary, G.schedule, p, p.fake.detach())
+        real, twice = real.detach().requires_grad_(with_r1), map_cond(lambda v: torch.cat([v, v]), p.cond_d)
+        logits = D(torch.cat([real, fake]), torch.cat([level, level]), twice).float()
+        real_logits, fake_logits = logits.chunk(2)
         L_D = discriminator_loss(real_logits, fake_logits)
         penalty = config.r1 / 2 * config.r1_every * r1_penalty(real_logits, real) if with_r1 else 0.0
         return L_D + penalty, dict(L_D=L_D, D_real=real_logits.mean(), D_fake=fake_logits.mean())
 
     def loss_G(p):  # 5. The gradient reaches theta through `fake` alone, in all three terms.
         fake = p.fake if keep_graph else predict_x0(G, p, p.t)
-        _, seen, level = adversarial_pair(config.adversary, schedule, p, fake)
-        w_rec, w_con = (w.clamp(max=config.weight_limit) for w in weights_of(config.con_weight, schedule, p.t, p.t_con))
+        _, seen, level = adversarial_pair(config.adversary, G.schedule, p, fake)
         return generator_loss(D(seen, level, p.cond_d).float(), *distances_of(fake, p, config, models.distances),
-                              config.lambda_rec * w_rec, config.lambda_con * w_con)
+                              *weights_of(config, G.schedule, p.t, p.t_con))
 
     with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
     scalars = run.descend(models.optimizer_d, parts, loss_D)
