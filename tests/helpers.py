@@ -1,16 +1,27 @@
 """What several test files need: the commands, how they fail, and what a run leaves behind."""
 
 import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 
 import plumbing.cli
 import yoso
 from plumbing.checkpoint import read_checkpoint
+from plumbing.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,3 +88,91 @@ def torchrun(processes, *command):
     """`torchrun COMMAND` with that many processes on this machine, to its end."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     return finish(start(*launcher, *command))
+
+
+# The schedules of Stable Diffusion and of PixArt, as their schedulers' configs name them.
+SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+PIXART = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+CAPTIONS = ["a large red circle on white", "a small blue square on black", "a large green triangle on gray",
+            "a small red square on white"]
+
+
+def drawings(number, size):
+    """The first pictures of the embedded dataset, in [-1, 1], [number, 3, size, size]."""
+    return torch.stack([Shapes(size)[i]["image"] for i in range(number)]).float() / 127.5 - 1
+
+
+def random_vgg(patched):
+    """Lets lpips build its network offline, with random weights in place of those it would download."""
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    patched.setattr(torchvision.models, "vgg16", lambda pretrained: SimpleNamespace(features=layers))
+
+
+def ranks(number, function, *arguments, timeout=250):
+    """function(*arguments) in that many processes of one group, in the environment that torchrun gives them.
+
+    They are forked from a process that has imported the scripts, once for all tests; a process of its own
+    takes seconds for that. function and arguments are pickled. One that fails ends them all.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers", "tiny"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = dict(WORLD_SIZE=number, LOCAL_WORLD_SIZE=number, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    processes, errors, end = [], context.SimpleQueue(), time.monotonic() + timeout
+    for i in range(number):
+        environment = group | dict(RANK=i, LOCAL_RANK=i)
+        processes.append(context.Process(target=run_rank, args=(environment, errors, function, arguments)))
+        processes[-1].start()
+    while (running := [p for p in processes if p.is_alive()]) and time.monotonic() < end:
+        multiprocessing.connection.wait([p.sentinel for p in running], 1)
+        if any(p.exitcode for p in processes):
+            break
+    error = "the time was up" if errors.empty() else errors.get()
+    for process in processes:
+        process.kill()
+        process.join()
+    assert [p.exitcode for p in processes] == [0] * number, error
+
+
+def run_rank(environment, errors, function, arguments):
+    """One process of ranks()."""
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        function(*arguments)
+    except BaseException:
+        errors.put(traceback.format_exc())
+        raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# The bench of the closed forms: the student draws mu + s z, the teacher's data are N(m, 1), at a noise level
+# with alpha = .8 and sigma = .6, where x_t has the variance A for the student and B for the teacher.
+ALPHA, SIGMA, MU, S, M = 0.8, 0.6, 0.5, 1.5, -0.3
+A, B = ALPHA**2 * S**2 + SIGMA**2, 1.0
+
+
+def quadrature(n):
+    """Nodes z, eps and weights [n * n, 1, 1, 1] of two standard normals, exact up to degree 2 n - 1."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    z, eps = (torch.tensor(v).view(-1, 1, 1, 1) for v in np.meshgrid(nodes, nodes, indexing="ij"))
+    return z, eps, torch.tensor(np.outer(weights, weights)).view(-1, 1, 1, 1) / (2 * math.pi)
+
+
+@torch.no_grad()
+def perturb(parameters, size=0.1):
+    """Adds normal noise of that size to parameters by name: a fresh LoRA then changes its network."""
+    for p in parameters.values():
+        p.add_(size * torch.randn_like(p))
+
+
+def unexplained(*runs):
+    """The keys in the logs below these folders that the README's table does not explain."""
+    readme = (ROOT / "README.md").read_text()
+    logs = [log.read_text().splitlines() for run in runs for log in Path(run).rglob("metrics.jsonl")]
+    keys = {key for lines in logs for line in lines for key in json.loads(line)}
+    assert "iteration" in keys
+    return sorted(key for key in keys if f"| `{key}` |" not in readme)
