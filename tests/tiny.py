@@ -110,3 +110,14 @@ def clip():
     model = CLIPModel(CLIPConfig(text_config=text_config(tokenizer), vision_config=vision, projection_dim=24, **ends))
     processor = CLIPImageProcessor(size=dict(shortest_edge=16), crop_size=16, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4])
     return model.eval(), CLIPProcessor(processor, tokenizer)
+
+
+def save_models(folder):
+    """Saves a tiny SD pipeline, an AutoencoderTiny and two CLIPModels to folder/sd, tae, clip, judge."""
+    torch.manual_seed(0)
+    sd().save_pretrained(folder / "sd")
+    vae(tiny=True).save_pretrained(folder / "tae")
+    for name in ("clip", "judge"):
+        for part in clip():
+            part.save_pretrained(folder / name)
+    return folder
