@@ -1,19 +1,22 @@
-"""Where the time of a training step goes: each network pass timed alone, against the whole step, in one process.
+"""Where the time of a training step goes: each network pass alone, against the whole step, in one process.
 
     python tools/benchmark.py yoso --preset shapes
     python tools/benchmark.py yoso --preset cifar10 --batch-size 16 --repeats 3 --json cifar10.json
-    python tools/benchmark.py yoso_t2i --rank 64
-    python tools/benchmark.py swiftbrush_v2 --stage a            also with the LoRA teacher as a copy of the frozen network
-    python tools/benchmark.py diff_instruct_star                 also with one backward pass in place of the leaf trick
-    python tools/benchmark.py swiftbrush_v2 --processes 2        only how the rate scales to two processes of one thread
+    python tools/benchmark.py yoso --model assets/mini-sd --rank 64
+    python tools/benchmark.py swiftbrush_v2 --stage a       also with the LoRA teacher on a network of its own
+    python tools/benchmark.py diff_instruct_star            also with one backward pass in place of the leaf
+    python tools/benchmark.py swiftbrush_v2 --processes 2   only how the rate scales to two processes
 
-Absolute times depend on the machine and wander; the ratios hold. Medians over --repeats after two warm-up rounds, the
-parts taken in turn so that a slow moment hits all of them. Memory: the most bytes that the tensors of building and two steps held
-at one time, the same on every run; what the allocator and the kernels need besides is not in it.
+The networks and the step are the script's own; the data are noise and empty captions, or the script's
+prompts. Absolute times depend on the machine and wander; the ratios hold. Medians over --repeats after two
+warm-up rounds, the parts taken in turn so that a slow moment hits all of them. Memory: the most bytes that
+the tensors of building and of two steps held at one time, the same on every run; what the allocator and the
+kernels need comes on top.
 """
 
 import argparse
 import copy
+import inspect
 import json
 import os
 import statistics
@@ -21,8 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -35,27 +41,254 @@ from forecast import LiveBytes, cost_of_step, matmul_rate
 import diff_instruct_star
 import swiftbrush_v2
 import yoso
-from common import (
-    EMA,
-    Denoiser,
-    NoiseSchedule,
-    UserError,
-    Weights,
-    add_lora,
-    enable_checkpointing,
-    load,
-    load_decoder,
-    load_scorer,
-    one_step,
-    use_lora,
-)
+from common import Denoiser, UserError, enable_checkpointing, frozen, map_cond, one_step, use_lora
 from plumbing.cli import parse_config, run_command
+from plumbing.data import prompts_of
 from plumbing.run import Run
 from plumbing.shard import shard
 
+METHODS = {script.__name__: script for script in (yoso, swiftbrush_v2, diff_instruct_star)}
 NETWORK, ONE_STEP, DECODED = SAMPLING = "network alone", "one-step sampling", "one-step sampling and decoding"
+R1 = "step with R1"
 SEPARATE, PLAIN = "step with a separate LoRA teacher", "step with one plain backward pass"
 
+
+# The script's cast and step
+
+def cast_of(script, config, folder):
+    """(run, models, batch) of one training: its Run, its Models, and what train_step gets of the data."""
+    group = yoso.Discriminator.GROUP if script is yoso and not config.model else 1
+    run = Run(replace(config, out=str(folder)), micro_multiple=group)
+    n = run.rows.stop - run.rows.start
+    if script is swiftbrush_v2:
+        loaded = script.load_frozen(config, run.device)
+        shard(config, loaded.teacher.net, loaded.start.net)
+        models, codec = script.build(config, run, config.stage, loaded), loaded.codec
+    else:
+        models = script.build(config, run)
+        codec = models.codec
+    for optimizer in optimizers_of(models):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # which costs the same time and keeps all weights what they are
+    if script is yoso:
+        pictures = torch.rand(n, 3, codec.picture_size, codec.picture_size, device=run.device) * 2 - 1
+        return run, models, (pictures, [""] * n)
+    return run, models, ((prompts_of(config, codec) * n)[:n],)
+
+
+def networks_of(models):
+    """name -> module of a cast's networks, LPIPS's VGG among them; one that plays two parts has two names."""
+    parts = vars(models).items()
+    networks = {name: part.net if isinstance(part, Denoiser) else part
+                for name, part in parts if isinstance(part, Denoiser | torch.nn.Module)}
+    if lpips := getattr(models, "distances", {}).get("lpips"):
+        features = inspect.getclosurevars(lpips[0]).nonlocals["features"]
+        networks["lpips"] = inspect.getclosurevars(features).nonlocals["network"].net
+    return networks
+
+
+def optimizers_of(models):
+    """The optimisers of a cast."""
+    return [part for part in vars(models).values() if isinstance(part, torch.optim.Optimizer)]
+
+
+def step_of(script, config, run, models, batch):
+    """A function that makes one step, in which everything acts that the flags ask for, but R1."""
+    config, iteration = replace(config), 0
+    if script is yoso:
+        config.r1 = 0.0
+    elif script is diff_instruct_star:
+        iteration = config.assistant_warmup + config.warmup
+    return lambda _=0: script.train_step(iteration, *batch, config, run, models)
+
+
+def variant_of(script, config, run, models, batch):
+    """(name, step) of another way to make the step, which may change models; None if there is none."""
+    if script is yoso and config.r1:
+        return R1, lambda: yoso.train_step(0, *batch, config, run, models)
+    if script is swiftbrush_v2 and not config.shard:
+        own = copy.deepcopy((models.lora_teacher, models.optimizer_lora))
+        models.lora_teacher, models.optimizer_lora = own
+        if config.gradient_checkpointing:
+            enable_checkpointing(models.lora_teacher.net)
+        return SEPARATE, step_of(script, config, run, models, batch)
+    if script is diff_instruct_star:
+        return PLAIN, partial(plain_step, config, run, models, *batch)
+
+
+def plain_step(config, run, models, prompts):
+    """Diff-Instruct*'s iteration with one backward pass through divergence, reward and student together."""
+    di, student, codec, draw = diff_instruct_star, models.student, models.codec, run.draws(0)
+
+    def loss_student(p):
+        f = one_step(student, p.z, p.cond)
+        x_t = models.reference.schedule.add_noise(f, p.eps, p.t)
+        losses = di.divergence_losses(x_t, p, config, models)
+        rewards = di.rewards_of(f, p.y, models.decode, models.scorers)
+        if "reward" in rewards:
+            losses["L_reward"] = di.reward_loss(rewards["reward"], config.alpha_rew)
+        return sum(losses.values()), losses
+
+    di.train_step(0, prompts, replace(config, assistant_warmup=1), run, models)  # the assistant alone
+    t = draw.randint(config.t_min, config.t_max + 1)
+    parts = run.split(z=draw.randn(*codec.shape), t=t, eps=draw.randn(*codec.shape), cond=codec.cond(prompts),
+                      null=models.null, y=prompts)
+    with frozen(models.assistant.net):
+        run.descend(models.optimizer, parts, loss_student, config.clip_norm)
+    models.ema.update()
+
+
+# The passes of a step, each alone
+
+def forward_pass(run, call):
+    """A function that makes call(), a network's output, without gradient."""
+    def go():
+        with torch.no_grad(), run.autocast():
+            call()
+    return go
+
+
+def backward_pass(run, call, network=None):
+    """A function that makes call() and goes back through it, to no parameter of `network` if one is given."""
+    def go():
+        with frozen(network) if network else nullcontext():
+            with run.autocast():
+                out = call()
+            out.float().mean().backward()
+    return go
+
+
+def updates(models):
+    """A function that makes the updates of all weights and averages from the gradients that are there."""
+    return lambda: ([optimizer.step() for optimizer in optimizers_of(models)], models.ema.update())
+
+
+def yoso_parts(config, run, models, pictures, captions):
+    """name -> function of the passes of one step, from scratch or fine-tuning, and of SAMPLING."""
+    G, D, codec, T = models.generator, models.discriminator, models.codec, len(models.generator.schedule)
+    x = torch.randn(len(pictures), *codec.shape, device=run.device)
+    t = torch.full((len(x),), T // 2, device=run.device)
+    cond = yoso.condition(codec, captions, run.draws(0), config.latent_z)
+    cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)
+    p = SimpleNamespace(x0=x, target=x, eps=x, t=t, cond=cond, cond_d=cond_d)
+    x2, t2, twice = torch.cat([x, x]), torch.cat([t, t]), map_cond(lambda v: torch.cat([v, v]), cond_d)
+    leaf = lambda: x.clone().requires_grad_()
+    predict = lambda: yoso.predict_x0(G, p, t)
+    offsets = {max(1, round(offset * T / 1000)) for offset in (config.real_offset, config.con_offset)}
+
+    def distances():
+        return sum(d for d in yoso.distances_of(leaf(), p, config, models.distances) if d is not None)
+
+    parts = {}
+    if config.model:
+        parts["text encoder"] = lambda: [c.cond(captions) for c in {codec, models.codec_d}]
+        parts["VAE encoder"] = forward_pass(run, lambda: codec.encode(pictures))
+    if config.adversary == "self":
+        parts["G for the real side, forward"] = forward_pass(run, predict)
+    if config.lambda_con and not (config.adversary == "self" and len(offsets) == 1):
+        parts["G for the target, forward"] = forward_pass(run, predict)
+    parts |= {
+        "G, forward + backward": backward_pass(run, predict),
+        "D(real, fake), forward + backward": backward_pass(run, lambda: D(x2, t2, twice)),
+        "D(fake) for G, forward + input backward": backward_pass(run, lambda: D(leaf(), t, cond_d), D),
+        "distances, forward + input backward": backward_pass(run, distances),
+        "optimisers, EMA": updates(models)}
+    one = lambda: yoso.sample(G, [T - 1], x, [], cond)
+    return parts | sampling_parts(run, codec, G, x, cond, one)
+
+
+def swiftbrush_parts(config, run, models, prompts):
+    """name -> function of the passes of one iteration of stage a or b, and of SAMPLING."""
+    codec, null, student = models.frozen.codec, models.null, models.student
+    teacher, lora_teacher = models.teacher, models.lora_teacher
+    x, cond = torch.randn(len(prompts), *codec.shape, device=run.device), codec.cond(prompts)
+    t = torch.full((len(x),), len(teacher.schedule) // 2, device=run.device)
+    w = swiftbrush_v2.guidance_of(config, run.draws(0))
+    w_lora_teacher = w if config.guide_lora_teacher else 1.0
+    one = lambda: one_step(student, x, cond)
+    guided = lambda denoiser, w: forward_pass(run, lambda: denoiser.predict(x, t, "epsilon", cond, null, w))
+    parts = {
+        "text encoder": lambda: codec.cond(prompts),
+        "student, forward + backward": backward_pass(run, one),
+        "teacher, guided forward": guided(teacher, w),
+        "LoRA teacher, guided forward": guided(lora_teacher, w_lora_teacher),
+        "LoRA teacher, forward + backward": backward_pass(
+            run, lambda: lora_teacher.predict(x, t, "epsilon", cond)),
+        "optimisers, EMA": updates(models)}
+    if models.scorers:
+        leaf = lambda: x.clone().requires_grad_()
+        losses = lambda: swiftbrush_v2.image_losses(leaf(), prompts, 0, config, models).values()
+        parts["decoder and CLIP, forward + input backward"] = backward_pass(run, lambda: sum(losses()))
+    return parts | sampling_parts(run, codec, student, x, cond, one)
+
+
+def diff_instruct_parts(config, run, models, prompts):
+    """name -> function of the passes of one iteration, and of SAMPLING."""
+    codec, student, assistant = models.codec, models.student, models.assistant
+    x, cond = torch.randn(len(prompts), *codec.shape, device=run.device), codec.cond(prompts)
+    t = torch.full((len(x),), len(models.reference.schedule) // 2, device=run.device)
+    p = SimpleNamespace(t=t, eps=x, cond=cond, null=models.null)
+    leaf = lambda: x.clone().requires_grad_()
+    one = lambda: one_step(student, x, cond)
+    losses = lambda: diff_instruct_star.divergence_losses(leaf(), p, config, models)
+    parts = {
+        "text encoder": lambda: codec.cond(prompts),
+        "student, forward + backward": backward_pass(run, one),
+        "assistant and guided reference, forward + input backward": backward_pass(
+            run, lambda: sum(losses().values()), assistant.net),
+        "student for the assistant, forward": forward_pass(run, one),
+        "assistant, forward + backward": backward_pass(run, lambda: assistant.predict(x, t, "epsilon", cond)),
+        "optimisers, EMA": updates(models)}
+    if "reward" in models.scorers:
+        rewards = lambda: diff_instruct_star.rewards_of(leaf(), prompts, models.decode, models.scorers)
+        parts["decoder, reward and probe, forward + input backward"] = backward_pass(
+            run, lambda: rewards()["reward"])
+    return parts | sampling_parts(run, codec, student, x, cond, one)
+
+
+PARTS = {yoso: yoso_parts, swiftbrush_v2: swiftbrush_parts, diff_instruct_star: diff_instruct_parts}
+
+
+def sampling_parts(run, codec, student, x, cond, one):
+    """SAMPLING: one-step sampling by one() from noise x, with decoding if there is any, beside the network's
+    forward alone.
+    """
+    t = torch.full((len(x),), len(student.schedule) - 1, device=run.device)
+
+    def network():
+        with use_lora(student.net, student.adapter):
+            return student.net(x, timestep=t, **(cond or {})).sample
+
+    parts = {NETWORK: forward_pass(run, network), ONE_STEP: forward_pass(run, one)}
+    if codec.vae is not None:
+        parts[DECODED] = forward_pass(run, lambda: codec.decode(one()))
+    return parts
+
+
+def bare_parts(networks, step):
+    """name -> function that makes a bare forward of the network, on what the step's first call gives it."""
+    calls, hooks = {}, []
+
+    def keep(name):
+        def hook(module, args, kwargs):
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+            calls.setdefault(name, (module, args, kwargs))
+        return hook
+
+    for name, network in networks.items():
+        hooks.append(network.register_forward_pre_hook(keep(name), with_kwargs=True))
+    step()
+    for hook in hooks:
+        hook.remove()
+
+    def go(network, args, kwargs):
+        with torch.no_grad():
+            network(*args, **kwargs)
+
+    return {name: partial(go, *call) for name, call in calls.items()}
+
+
+# Measuring
 
 def synchronise(device):
     """Waits for an accelerator's queue; nothing on a CPU."""
@@ -77,268 +310,6 @@ def time_parts(parts, repeats, device):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def forward_pass(run, call):
-    """A function that makes call(), a network's output, without gradient."""
-    def go():
-        with torch.no_grad(), run.autocast():
-            call()
-    return go
-
-
-def backward_pass(run, call, frozen=()):
-    """A function that makes call() and goes back through it; parameters in `frozen` get no gradient."""
-    def go():
-        for p in frozen:
-            p.requires_grad_(False)
-        with run.autocast():
-            out = call()
-        out.float().mean().backward()
-        for p in frozen:
-            p.requires_grad_(True)
-    return go
-
-
-def yoso_parts(config, folder):
-    """The passes that one YOSO step needs, each alone, and the step itself.
-
-    Returns (parts, networks, run): name -> function, name -> module, and the Run, whose parts are the optimisers. Beside the passes
-    and "step" the parts have SAMPLING.
-    """
-    run = Run(yoso.Config(**{**vars(config), "out": str(folder)}), micro_multiple=yoso.Discriminator.GROUP)
-    device, B, size = run.device, run.rows.stop - run.rows.start, config.image_size
-    generator, discriminator = yoso.build_networks(config, device)
-    distance = yoso.load_distance(config.distance, device)
-    optimizer_g = torch.optim.Adam(generator.parameters(), 1e-6, fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), 1e-6, betas=(0.0, 0.999), fused=True)
-    ema = EMA(generator.named_parameters(), config.ema)
-    schedule = NoiseSchedule.from_config(yoso.scheduler_config(config)).to(device)
-    x, z = torch.randn(B, 3, size, size, device=device), torch.randn(B, config.latent_z, device=device)
-    t = torch.randint(1, config.levels + 1, (B,), device=device)
-    x2, t2 = torch.cat([x, x]), torch.cat([t, t])
-    # Iterations without R1; its double backward is spread over r1_every steps and timed apart.
-    plain = yoso.Config(**{**vars(config), "r1": 0.0})
-
-    def distances():
-        pixels = x.clone().requires_grad_()
-        (distance(pixels, x2[:B]) + distance(pixels, x2[B:])).mean().backward()
-
-    def step(iteration=0):
-        yoso.train_step(iteration, x, run, plain, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
-        ema.update()
-
-    top = torch.full_like(t, config.levels)
-    run.parts = dict(optimizer_g=optimizer_g, optimizer_d=optimizer_d)
-    parts = {"G(x_r), forward": forward_pass(run, lambda: generator(x, t, z)),
-             "G(x_t), forward + backward": backward_pass(run, lambda: generator(x, t, z)),
-             "D(real, fake), forward + backward": backward_pass(run, lambda: discriminator(x2, t2)),
-             "D(fake) for G, forward + input backward": backward_pass(
-                 run, lambda: discriminator(x.clone().requires_grad_(), t), list(discriminator.parameters())),
-             "distances, forward + backward": distances,
-             "optimisers, EMA": lambda: (optimizer_g.step(), optimizer_d.step(), ema.update()), "step": step,
-             NETWORK: forward_pass(run, lambda: generator(x, top, z)),
-             ONE_STEP: forward_pass(run, lambda: yoso.sample(generator, schedule, [config.levels], x, z))}
-    if config.r1:
-        def step_r1():
-            yoso.train_step(0, x, run, config, schedule, distance, generator, discriminator, optimizer_g, optimizer_d)
-            ema.update()
-        parts["step with R1"] = step_r1
-    return parts, dict(generator=generator, discriminator=discriminator), run
-
-
-def fine_tune_parts(config, folder):
-    """The passes of one step of YOSO's fine-tuning, all weights or a LoRA, each alone, and the step itself; as yoso_parts."""
-    run = Run(yoso.FineTune(**{**vars(config), "out": str(folder)}))
-    device, B = run.device, run.rows.stop - run.rows.start
-    start, codec = load(config.model, device)
-    half, codec_d = load(config.discriminator, device) if config.discriminator else (start, codec)
-    features = yoso.HalfUNet(half.net, share=bool(config.rank or config.discriminator) and not config.shard)
-    discriminator = yoso.LatentDiscriminator(half.net, codec.shape[-1]).to(device)
-    if half is not start:
-        (half.net if config.shard else half.net.up_blocks).to("meta")
-    shard(config, start.net, features, discriminator)
-    generator, parameters = yoso.make_trainable(config, start)
-    if config.gradient_checkpointing:
-        for network in (generator.net, discriminator.features.unet):
-            enable_checkpointing(network)
-    if config.compile:
-        for network in (discriminator, features, *(() if config.rank else (generator.net,))):
-            network.compile()
-    ema = EMA(parameters.items(), config.ema)
-    run.parts = dict(optimizer_g=torch.optim.AdamW(parameters.values(), 1e-6, fused=True),
-                     optimizer_d=torch.optim.AdamW(discriminator.parameters(), 1e-6, fused=True))
-    pictures, captions = torch.zeros(B, 3, codec.picture_size, codec.picture_size, device=device), [""] * B
-    x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
-    cond, cond_d = codec.cond(captions), codec_d.cond(captions)
-    x2, t2, cond2 = torch.cat([x, x]), torch.cat([t, t]), yoso.map_cond(lambda v: torch.cat([v, v]), cond_d)
-    noisier = lambda: yoso.predict_x0(generator, x, t, cond)
-
-    def step(iteration=0):
-        yoso.fine_tune_step(iteration, pictures, captions, run, config, codec, codec_d, generator, discriminator, features, parameters,
-                            *run.parts.values())
-        ema.update()
-
-    parts = {"text encoder": lambda: [c.cond(captions) for c in {codec, codec_d}],
-             "VAE encoder": forward_pass(run, lambda: codec.encode(pictures)),
-             "G at t_k, forward": forward_pass(run, noisier), "G at t_m, forward": forward_pass(run, noisier),
-             "G at t, forward + backward": backward_pass(run, noisier),
-             "D(real, fake), forward + backward": backward_pass(run, lambda: discriminator(x2, t2, cond2)),
-             "D(fake) for G, forward + input backward": backward_pass(
-                 run, lambda: discriminator(x.clone().requires_grad_(), t, cond_d), list(discriminator.parameters())),
-             "features of the target, forward": forward_pass(run, lambda: features(x, 0 * t, cond_d)),
-             "features of G, forward + input backward": backward_pass(run, lambda: features(x.clone().requires_grad_(), 0 * t, cond_d)),
-             "optimisers, EMA": lambda: ([o.step() for o in run.parts.values()], ema.update()), "step": step}
-    return parts | sampling_parts(run, codec, generator, x, cond), dict(
-        generator=generator.net, discriminator=discriminator, features=features), run
-
-
-def sampling_parts(run, codec, student, x, cond):
-    """One-step sampling from noise x, beside the network's forward alone."""
-    t = torch.full((len(x),), len(student.schedule) - 1, device=run.device)
-
-    def network():
-        with use_lora(student.net, student.adapter):
-            return student.net(x, timestep=t, **cond).sample
-
-    one = lambda: one_step(student, x, cond)
-    return {NETWORK: forward_pass(run, network), ONE_STEP: forward_pass(run, one),
-            DECODED: forward_pass(run, lambda: codec.decode(one()))}
-
-
-def swiftbrush_parts(config, folder, separate=False):
-    """The passes of one SwiftBrush v2 iteration of stage a or b, each alone, and the iteration itself; as yoso_parts.
-
-    separate: the LoRA teacher is not an adapter on the frozen teacher but on a copy of it.
-    """
-    sb, stage = swiftbrush_v2, "b" if config.stage == "b" else "a"
-    run = Run(sb.Config(**{**vars(config), "out": str(folder)}))
-    device, B, rate = run.device, run.rows.stop - run.rows.start, 1e-6
-    teacher, codec = load(config.model, device)
-    base = copy.deepcopy(teacher.net) if separate else teacher.net
-    if stage == "a":
-        net = sb.dense_copy(teacher.net, teacher.net.state_dict(), device).requires_grad_(True)
-        shard(config, net)
-        student, parameters = Denoiser(net, teacher.schedule, teacher.prediction_type), Weights(net.named_parameters())
-    else:
-        shard(config, teacher.net)
-        student = Denoiser(teacher.net, teacher.schedule, teacher.prediction_type, "student")
-        parameters = add_lora(teacher.net, "student", config.rank_b, config.alpha_b)
-    shard(config, teacher.net, base)
-    lora_teacher = Denoiser(base, teacher.schedule, teacher.prediction_type, "lora_teacher")
-    parameters_lora = add_lora(base, "lora_teacher", config.rank, config.alpha, config.lora_targets)
-    networks = dict(student=student.net, teacher=teacher.net, lora_teacher=base)
-    if config.gradient_checkpointing:
-        for network in set(networks.values()):
-            enable_checkpointing(network)
-    if config.compile and stage == "a":
-        student.net.compile()
-    optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
-    optimizer_lora = torch.optim.AdamW(parameters_lora.values(), rate, fused=True)
-    ema, run.parts = EMA(parameters.items(), config.ema), dict(optimizer=optimizer, optimizer_lora=optimizer_lora)
-    prompts = (sb.prompts_of(config, codec) * B)[:B]
-    cond, null = codec.cond(prompts), codec.null(B)
-    image_losses = lambda f, prompts, iteration: {}
-    if stage == "b" and config.clip_weight:
-        scorers = dict(clip=load_scorer(config.clip, device))
-        image_losses = sb.make_image_losses(config, load_decoder(config.decoder, codec), scorers)
-    x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
-
-    def step(iteration=0):
-        condition = codec.cond(prompts)
-        x0, _ = sb.student_step(0, prompts, condition, null, run, config, codec.shape, student, teacher, lora_teacher, image_losses,
-                                None, parameters, optimizer)
-        sb.lora_teacher_step(0, x0, condition, null, run, config, lora_teacher, parameters_lora, optimizer_lora)
-        ema.update()
-
-    scale = config.guidance[-1]
-    scales = {teacher: scale, lora_teacher: scale if config.guide_lora_teacher else 1.0}
-    guided = {d: forward_pass(run, lambda d=d: d.predict(x, t, "epsilon", cond, null, scales[d])) for d in scales}
-    parts = {"text encoder": lambda: codec.cond(prompts),
-             "student, forward + backward": backward_pass(run, lambda: sb.one_step(student, x, cond)),
-             "teacher, guided forward": guided[teacher], "LoRA teacher, guided forward": guided[lora_teacher],
-             "LoRA teacher, forward + backward": backward_pass(run, lambda: lora_teacher.predict(x, t, "epsilon", cond)),
-             "optimisers, EMA": lambda: (optimizer.step(), optimizer_lora.step(), ema.update()), "step": step}
-    if image_losses(x[:1], prompts[:1], 0):
-        parts["decoder and CLIP, forward + input backward"] = backward_pass(
-            run, lambda: sum(image_losses(x.clone().requires_grad_(), prompts, 0).values()))
-    return parts | sampling_parts(run, codec, student, x, cond), networks, run
-
-
-def diff_instruct_parts(config, folder, plain=False):
-    """The passes of one Diff-Instruct* iteration, each alone, and the iteration itself; as yoso_parts.
-
-    plain: the student's update by one backward pass through divergence, reward and student together.
-    """
-    di = diff_instruct_star
-    run = Run(di.Config(**{**vars(config), "out": str(folder)}))
-    device, B, rate = run.device, run.rows.stop - run.rows.start, 1e-6
-    reference, codec = load(config.model, device)
-    net = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True)
-    copied = di.dense_copy(reference.net, reference.net.state_dict(), device).requires_grad_(True) if config.assistant == "full" else None
-    shard(config, net, reference.net, *([copied] if copied else []))
-    student, parameters = Denoiser(net, reference.schedule, reference.prediction_type), Weights(net.named_parameters())
-    if copied:
-        assistant = Denoiser(copied, reference.schedule, reference.prediction_type)
-        parameters_assistant = Weights(copied.named_parameters())
-    else:
-        assistant = Denoiser(reference.net, reference.schedule, reference.prediction_type, "assistant")
-        parameters_assistant = add_lora(reference.net, "assistant", config.rank, config.alpha, config.lora_targets)
-    networks = dict(student=net, reference=reference.net, assistant=assistant.net)
-    if config.gradient_checkpointing:
-        for network in set(networks.values()):
-            enable_checkpointing(network)
-    if config.compile:
-        for network in {net, assistant.net} if config.assistant == "full" else {net}:
-            network.compile()
-    optimizer = torch.optim.AdamW(parameters.values(), rate, fused=True)
-    optimizer_assistant = torch.optim.AdamW(parameters_assistant.values(), rate, fused=True)
-    ema, run.parts = EMA(parameters.items(), config.ema), dict(optimizer=optimizer, optimizer_assistant=optimizer_assistant)
-    prompts = (di.prompts_of(config, codec) * B)[:B]
-    cond, null = codec.cond(prompts), codec.null(B)
-    rewards_of = di.make_rewards(load_decoder(config.decoder, codec), {name: load_scorer(getattr(config, name), device) for name in (
-        "reward", "probe") if getattr(config, name)})
-    x, t = torch.randn(B, *codec.shape, device=device), torch.full((B,), 500, device=device)
-
-    frozen = list(parameters_assistant.values())
-
-    def divergence(x_t, level, eps):
-        return sum(di.divergence_losses(x_t, level, eps, cond, null, config, reference, assistant).values())
-
-    def plain_loss():
-        draw = run.draws(0)
-        z, level, eps = draw.randn(*codec.shape), draw.randint(config.t_min, config.t_max + 1), draw.randn(*codec.shape)
-        f = di.one_step(student, z, cond)
-        loss = divergence(reference.schedule.add_noise(f, eps, level), level, eps)
-        return loss + di.reward_loss(rewards_of(f, prompts)["reward"], config.alpha_rew)
-
-    def plain_student_step():
-        optimizer.zero_grad()
-        backward_pass(run, plain_loss, frozen)()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
-        optimizer.step()
-
-    def step(iteration=0):
-        condition = codec.cond(prompts)
-        for k in range(config.assistant_steps):
-            di.assistant_step(0, k, condition, run, config, codec.shape, student, assistant, parameters_assistant, optimizer_assistant)
-        if plain:
-            plain_student_step()
-        else:
-            di.student_step(0, prompts, condition, null, run, config, codec.shape, student, reference, assistant, rewards_of,
-                            config.alpha_rew, parameters, frozen, optimizer)
-        ema.update()
-
-    return {"text encoder": lambda: codec.cond(prompts),
-            "student, forward + backward": backward_pass(run, lambda: di.one_step(student, x, cond)),
-            "assistant and guided reference, forward + input backward": backward_pass(
-                run, lambda: divergence(x.clone().requires_grad_(), t, x), frozen),
-            "decoder, reward and probe, forward + input backward": backward_pass(
-                run, lambda: rewards_of(x.clone().requires_grad_(), prompts)["reward"]),
-            "student for the assistant, forward": forward_pass(run, lambda: di.one_step(student, x, cond)),
-            "assistant, forward + backward": backward_pass(run, lambda: assistant.predict(x, t, "epsilon", cond)),
-            "optimisers, EMA": lambda: (optimizer.step(), optimizer_assistant.step(), ema.update()), "step": step,
-            **sampling_parts(run, codec, student, x, cond)}, networks, run
-
-
 class TensorMemory(TorchDispatchMode):
     """Counts the bytes of all tensors that are made inside the with block and still live; see LiveBytes."""
 
@@ -347,55 +318,30 @@ class TensorMemory(TorchDispatchMode):
         self.memory = LiveBytes()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return tree_map_only(torch.Tensor, self.memory.count, function(*args, **(kwargs or {})))
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.memory.count, out)
+        return out
 
 
-def peak_of_steps(parts_of, *arguments):
-    """Bytes of tensors that building the networks and two steps hold at their peak."""
+def peak_of_steps(script, config, folder, make_step=step_of):
+    """Bytes of tensors that building the networks and two steps hold at their peak; make_step: as step_of."""
     with torch.compiler.set_stance("force_eager"), TensorMemory() as mode:
-        parts = parts_of(*arguments)[0]
+        step = make_step(script, config, *cast_of(script, config, folder))
         for _ in range(2):
-            parts["step"]()
+            step()
     return mode.memory.peak
 
 
-METHODS = dict(yoso=(yoso, yoso.Config, yoso.PRESETS, yoso_parts), yoso_t2i=(yoso, yoso.FineTune, yoso.FINE_TUNE_PRESETS, fine_tune_parts),
-               swiftbrush_v2=(swiftbrush_v2, swiftbrush_v2.Config, swiftbrush_v2.PRESETS, swiftbrush_parts),
-               diff_instruct_star=(diff_instruct_star, diff_instruct_star.Config, diff_instruct_star.PRESETS, diff_instruct_parts))
-VARIANTS = dict(swiftbrush_v2=SEPARATE, diff_instruct_star=PLAIN)
-
-
-def bare_parts(networks, step):
-    """name -> function that makes a bare forward of each network, on what the step's first call of it gives."""
-    calls, hooks = {}, []
-
-    def keep(name):
-        def hook(module, args, kwargs):
-            calls.setdefault(name, (module, *tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))))
-        return hook
-
-    for name, network in networks.items():
-        hooks.append(network.register_forward_pre_hook(keep(name), with_kwargs=True))
-    step()
-    for hook in hooks:
-        hook.remove()
-
-    def go(network, args, kwargs):
-        with torch.no_grad():
-            network(*args, **kwargs)
-
-    return {f"{name}, bare": partial(go, *call) for name, call in calls.items()}
-
-
-def rate_of(parts_of, config, folder, repeats, apart):
+def rate_of(script, config, folder, repeats, apart):
     """Images a second of whole steps, over all processes; apart: with nothing exchanged between them."""
-    parts, _, run = parts_of(config, folder)
-    exchange = dist.all_reduce
+    run, *rest = cast_of(script, config, folder)
+    step, exchange = step_of(script, config, run, *rest), dist.all_reduce
     if run.world > 1:
         dist.barrier()
         if apart:
             dist.all_reduce = lambda *_, **__: None
-    rate = torch.tensor((run.rows.stop - run.rows.start) / time_parts({"step": parts["step"]}, repeats, run.device)["step"])
+    seconds = time_parts({"step": step}, repeats, run.device)["step"]
+    rate = torch.tensor((run.rows.stop - run.rows.start) / seconds)
     if run.world > 1:
         dist.all_reduce = exchange
         dist.all_reduce(rate)
@@ -405,24 +351,92 @@ def rate_of(parts_of, config, folder, repeats, apart):
 def scaling(argv, batch_size, processes):
     """Images a second on CPU, every process of one thread; a dict.
 
-    whole, part: one process with the batch, and with what one of several gets of it. together: several in data parallel. apart:
-    the same at the same time, with nothing exchanged: what the machine has to give; not with --shard, which cannot do without.
+    whole, part: one process with the batch, and with what one of several gets of it. together: several in
+    data parallel. apart: the same at the same time, with nothing exchanged: what the machine has to give; not
+    with --shard, which cannot do without.
     """
     if batch_size % processes:
         raise UserError(f"--processes {processes}: --batch-size {batch_size} is not divisible by it")
 
     def rate(size, ranks, *flags):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, *argv,
-                   "--batch-size", str(size), "--device", "cpu", "--only-rate", *flags]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        own = ["--batch-size", str(size), "--device", "cpu", "--only-rate", *flags]
+        done = subprocess.run([sys.executable, *launcher, __file__, *argv, *own], capture_output=True,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             ours = [line for line in done.stderr.splitlines() if line.startswith(Path(__file__).name)]
-            raise UserError(f"--processes {processes}: a process failed ({(ours or done.stderr.strip().splitlines())[0]})")
+            reason = (ours or done.stderr.strip().splitlines())[0]
+            raise UserError(f"--processes {processes}: a process failed ({reason})")
         return float(done.stdout.split()[-1])
 
-    rates = dict(whole=rate(batch_size, 1), part=rate(batch_size // processes, 1), together=rate(batch_size, processes))
+    rates = dict(whole=rate(batch_size, 1), part=rate(batch_size // processes, 1),
+                 together=rate(batch_size, processes))
     return rates if "--shard" in argv else rates | dict(apart=rate(batch_size, processes, "--apart"))
 
+
+def measure(script, config, folder, repeats):
+    """The report on a method's step, a dict."""
+    peak = {"step": peak_of_steps(script, config, f"{folder}/peak")}
+    run, models, batch = cast_of(script, config, f"{folder}/run")
+    networks, step = networks_of(models), step_of(script, config, run, models, batch)
+    names = {network: [name for name, other in networks.items() if other is network]
+             for network in networks.values()}
+    networks = {" and ".join(shared): network for network, shared in names.items()}
+    cost = cost_of_step(run, networks, optimizers_of(models), step, {0: 1.0})
+    # The passes are those of the cast as it is; a variant may change a copy of it.
+    parts = PARTS[script](config, run, models, *batch) | {"step": step}
+    bare = bare_parts(networks, step)
+    variant = variant_of(script, config, run, replace(models), batch)
+    if variant:
+        peak[variant[0]] = peak_of_steps(script, config, f"{folder}/variant", lambda *a: variant_of(*a)[1])
+        parts[variant[0]] = variant[1]
+    times = time_parts(parts | {(name, "bare"): call for name, call in bare.items()}, repeats, run.device)
+    seconds = times.pop("step")
+    predicted = sum(cost["units"][name] * times.pop((name, "bare")) for name in bare)
+    sampling = {name: times.pop(name) for name in SAMPLING if name in times}
+    varied = times.pop(variant[0]) if variant else None
+    matmul = matmul_rate(run.device, config.precision)
+    report = dict(
+        method=script.__name__, preset=config.preset, batch_size=config.batch_size, device=str(run.device),
+        threads=torch.get_num_threads(), precision=config.precision, **cost, step_ms=1e3 * seconds,
+        images_per_second=config.batch_size / seconds, share={k: v / seconds for k, v in times.items()},
+        overhead=1 - sum(times.values()) / seconds, peak_MB={k: v / 2**20 for k, v in peak.items()},
+        forecast_MB=cost["memory_GB"] * 2**10, matmul_TFLOP_per_second=matmul,
+        flops_utilisation=cost["TFLOP"] / seconds / matmul, predicted_by_calls=predicted / seconds,
+        sampling={name: sampling[NETWORK] / v for name, v in sampling.items() if name != NETWORK},
+        samples_per_second={name: config.batch_size / v for name, v in sampling.items()})
+    if variant and variant[0] == R1:
+        report["r1_share"] = (varied - seconds) / config.r1_every / seconds
+    if variant:
+        report["variant_step_ratio"] = varied / seconds
+    return report
+
+
+def print_table(report):
+    """A report as a Markdown table."""
+    setting = f"{report['preset']}, batch {report['batch_size']}, {report['step_ms']:.0f} ms"
+    print(f"| part of a step ({setting}) | share |\n|---|---|")
+    for name, share in report["share"].items():
+        print(f"| {name} | {share:.1%} |")
+    print(f"| everything else | {report['overhead']:.1%} |")
+    if "r1_share" in report:
+        print(f"| (R1, on average over all steps) | +{report['r1_share']:.1%} |")
+    for name, size in report["peak_MB"].items():
+        ratio = 1.0 if name == "step" else report["variant_step_ratio"]
+        print(f"| {name}: peak memory {size:.0f} MB | {ratio:.1%} |")
+    print(f"| memory by the forecast | {report['forecast_MB']:.0f} MB |")
+    for name, (calls, backward) in report["calls"].items():
+        print(f"| {name}: calls, those with a backward pass, in forward passes "
+              f"| {calls:g}, {backward:g}, {report['units'][name]:g} |")
+    print(f"| rate against the one that bare forward passes predict | {report['predicted_by_calls']:.1%} |\n"
+          f"| {report['TFLOP']:.3g} TFLOP a step, against matrix products at "
+          f"{report['matmul_TFLOP_per_second']:.3g} TFLOP/s | {report['flops_utilisation']:.1%} |")
+    for name, ratio in report["sampling"].items():
+        rate = report["samples_per_second"][name]
+        print(f"| {name}, {rate:.0f} a second, against the network alone | {ratio:.1%} |")
+
+
+# Main
 
 def main(argv):
     """The command line: the method, this tool's flags, then any flag of the method's script."""
@@ -430,76 +444,39 @@ def main(argv):
     parser.add_argument("method", choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds")
     parser.add_argument("--json", help="write the report to this file too")
-    parser.add_argument("--processes", type=int, default=0, help="only how the rate scales to that many processes, one thread each")
-    parser.add_argument("--only-rate", action="store_true", help="print only the images a second, also under torchrun")
-    parser.add_argument("--apart", action="store_true", help="with --only-rate: exchange no gradients between the processes")
+    parser.add_argument("--processes", type=int, default=0,
+                        help="only how the rate scales to that many processes, one thread each")
+    parser.add_argument("--only-rate", action="store_true",
+                        help="print only the images a second, also under torchrun")
+    parser.add_argument("--apart", action="store_true",
+                        help="with --only-rate: exchange no gradients between the processes")
     args, rest = parser.parse_known_args(argv)
-    script, config_class, presets, parts_of = METHODS[args.method]
+    script = METHODS[args.method]
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
     if args.processes < 0 or args.processes == 1:
         raise UserError(f"--processes {args.processes}: must be at least 2")
-    config = parse_config(config_class, presets, rest, "", None if args.method == "yoso" else script.preset_of)
+    config = parse_config(script.Config, script.PRESETS, rest, "", script.preset_of)
+    script.check(config)
+    if script is swiftbrush_v2 and config.stage not in ("a", "b"):
+        config = replace(config, stage="a")
     if args.processes:
-        report = scaling([args.method, "--repeats", str(args.repeats), *rest], config.batch_size, args.processes)
-        text = json.dumps({k: round(v, 2) for k, v in report.items()})
-        if args.json:
-            Path(args.json).write_text(text + "\n")
-        print(text)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        if args.only_rate:
-            rate = rate_of(parts_of, config, f"{folder}/run", args.repeats, args.apart)
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(rate)
-            return
-        peak = {"step": peak_of_steps(parts_of, config, f"{folder}/peak")}
-        parts, networks, run = parts_of(config, f"{folder}/run")
-        shared = {network: [name for name, other in networks.items() if other is network] for network in networks.values()}
-        networks = {" and ".join(names): network for network, names in shared.items()}
-        cost = cost_of_step(run, networks, list(run.parts.values()), parts["step"], {0: 1.0})
-        variants = ["step with R1"] if "step with R1" in parts else []
-        if args.method in VARIANTS:
-            variants = [VARIANTS[args.method]]
-            parts[variants[0]] = parts_of(config, f"{folder}/variant", True)[0]["step"]
-            peak[variants[0]] = peak_of_steps(parts_of, config, f"{folder}/peak2", True)
-        device = run.device
-        times = time_parts(parts | bare_parts(networks, parts["step"]), args.repeats, device)
-        matmul = matmul_rate(device, config.precision)
-    step, variant_times = times.pop("step"), {name: times.pop(name) for name in variants}
-    sampling = {name: times.pop(name) for name in SAMPLING if name in times}
-    predicted = sum(units * times.pop(f"{name}, bare") for name, units in cost["units"].items())
-    report = dict(method=args.method, preset=config.preset, batch_size=config.batch_size, device=str(device),
-                  threads=torch.get_num_threads(), precision=config.precision, **cost,
-                  step_ms=1e3 * step, images_per_second=config.batch_size / step,
-                  share={k: v / step for k, v in times.items()}, overhead=1 - sum(times.values()) / step,
-                  peak_MB={k: v / 2**20 for k, v in peak.items()}, forecast_MB=cost["memory_GB"] * 2**10,
-                  matmul_TFLOP_per_second=matmul, flops_utilisation=cost["TFLOP"] / step / matmul,
-                  predicted_by_calls=predicted / step,
-                  sampling={name: sampling[NETWORK] / seconds for name, seconds in sampling.items() if name != NETWORK},
-                  samples_per_second={name: config.batch_size / seconds for name, seconds in sampling.items()})
-    if "step with R1" in variant_times:
-        report["r1_share"] = (variant_times["step with R1"] - step) / config.r1_every / step
-    elif variant_times:
-        report["variant_step_ratio"] = variant_times[variants[0]] / step
-    text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}, indent=1)
+        flags = [args.method, "--repeats", str(args.repeats), *rest]
+        report = scaling(flags, config.batch_size, args.processes)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.only_rate:
+                rate = rate_of(script, config, folder, args.repeats, args.apart)
+                if int(os.environ.get("RANK", 0)) == 0:
+                    print(rate)
+                return
+            report = measure(script, config, folder, args.repeats)
+        print_table(report)
+    text = json.dumps(tree_map_only(float, lambda v: round(v, 4), report), indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
-    print(f"| part of a step ({config.preset}, batch {config.batch_size}, {1e3 * step:.0f} ms) | share |\n|---|---|")
-    for name, seconds in times.items():
-        print(f"| {name} | {seconds / step:.1%} |")
-    print(f"| everything else | {report['overhead']:.1%} |")
-    if "r1_share" in report:
-        print(f"| (R1, a step in {config.r1_every}, on average) | +{report['r1_share']:.1%} |")
-    for name, size in peak.items():
-        print(f"| {name}: peak memory {size / 2**20:.0f} MB | {variant_times.get(name, step) / step:.1%} |")
-    print(f"| memory by the forecast | {report['forecast_MB']:.0f} MB |")
-    for name, (calls, backward) in cost["calls"].items():
-        print(f"| {name}: calls, those with a backward pass, in forward passes | {calls:g}, {backward:g}, {cost['units'][name]:g} |")
-    print(f"| rate against the one that bare forward passes predict | {predicted / step:.1%} |\n"
-          f"| {cost['TFLOP']:.3g} TFLOP a step, against matrix products at {matmul:.3g} TFLOP/s | {report['flops_utilisation']:.1%} |")
-    for name, ratio in report["sampling"].items():
-        print(f"| {name}, {report['samples_per_second'][name]:.0f} a second, against the network alone | {ratio:.1%} |")
+    if args.processes:
+        print(text)
 
 
 if __name__ == "__main__":
