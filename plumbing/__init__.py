@@ -2,12 +2,12 @@
 
 cli         flags from a dataclass, their ranges, errors in one line
 run         Run: device, processes, batches, one update, log, stop
-checkpoint  what a run saves, and how it is read back
+checkpoint  a run's state, saved and read back
 data        folders of pictures, CIFAR-10, tar and parquet files, prompts; their order; grids of pictures
 shapes      the embedded dataset: pictures drawn by code
 cache       latents and text conditions, encoded once
-students    where a one-step student starts, its conversion, exports for diffusers and kohya
-shard       FSDP2: every process keeps its part of the weights
+students    a one-step student's start, its conversion, its exports for diffusers and kohya
+shard       FSDP2: every process keeps its part of each weight
 
 Modules here import common and one another, never a method's script.
 """

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
@@ -21,8 +20,9 @@ CACHED = 500  # samples or prompts a file
 
 
 class Latents(Dataset):
-    """A dataset's pictures as latents, from the folder where cache_latents has put them; samples with image:
-    float [C, h, w].
+    """A dataset's latents in the folder that cache_latents has filled.
+
+    A sample is like one of the dataset itself, but "image" is the latent, float [C, h, w].
     """
 
     endless = False
@@ -41,20 +41,21 @@ class Latents(Dataset):
 
 @lru_cache(maxsize=1000)
 def open_safetensors(path):
-    """The file, from which arrays are read in parts. Raises UserError if it cannot be read."""
+    """A safetensors file, open, for rows of its arrays to be read. Raises UserError if it is unreadable."""
     try:
         return safe_open(path, "np")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete its folder to have it made anew, on a disk that all machines share")
+        raise UserError(f"{path}: cannot be read ({error}); delete its folder to have it made anew, "
+                        "on a disk that all machines share")
 
 
 @torch.no_grad()
 def cache_latents(codec, dataset, folder, made_by):
-    """Encodes a dataset's pictures once, float16, into files in the folder, each process its share ->
-    Latents.
+    """Encodes a dataset's pictures once, float16, into files in the folder -> Latents.
 
-    made_by: what the latents depend on beside the data, a dict; endless datasets stay what they are. Raises
-    UserError if the folder holds others, or cannot be written.
+    Each process encodes its share. An endless dataset, or one of a model in pixel space, is returned as it
+    is. made_by: a dict of everything beside the data that the latents depend on. Raises UserError if the
+    folder holds latents made by something else, or cannot be written.
     """
     if dataset.endless or codec.vae is None:
         return dataset
@@ -65,22 +66,23 @@ def cache_latents(codec, dataset, folder, made_by):
         first, latents, captions = int(name[8:14]) * CACHED, [], []
         for start in range(first, last := min(first + CACHED, len(dataset)), chunk):
             samples = [dataset[i] for i in range(start, min(start + chunk, last))]
-            latents.append(codec.encode(to_floats(torch.stack([s["image"] for s in samples]).to(codec.device))).half().cpu())
+            pictures = torch.stack([s["image"] for s in samples]).to(codec.device)
+            latents.append(codec.encode(to_floats(pictures)).half().cpu())
             captions += [s["caption"] for s in samples]
             for path in {path for s in samples for path in s["skipped"]}:
                 tqdm.write(f"skipped, cannot be read as a picture: {path}", file=sys.stderr)
-        write_tensors(Path(folder) / name, dict(latents=torch.cat(latents)), dict(captions=json.dumps(captions)))
+        metadata = dict(captions=json.dumps(captions))
+        write_tensors(Path(folder) / name, dict(latents=torch.cat(latents)), metadata)
     if dist.is_initialized():
         dist.barrier()
     return Latents(folder, len(dataset))
 
 
 def cache_conditions(codec, prompts, folder, made_by):
-    """Computes the conditions of the prompts and of the empty one once, float16, into files in the folder;
-    codec.cond reads them there.
+    """Computes the conditions of the prompts and of the empty prompt once, float16, into files in the folder.
 
-    The text encoders then move to the main memory. made_by as in cache_latents. Raises UserError if the
-    folder holds others.
+    From then on codec.cond reads them there, and the text encoders lie in the main memory. made_by as in
+    cache_latents. Raises UserError if the folder holds conditions made by something else.
     """
     if codec.vae is None:
         return
@@ -88,32 +90,37 @@ def cache_conditions(codec, prompts, folder, made_by):
     names = [f"conditions-{i:06d}.safetensors" for i in range(-(-len(prompts) // CACHED))]
     missing = claim_folder(Path(folder), made_by | {"digest of the prompts": digest(prompts)}, names)
     for name in shared_out(missing, "conditions"):
-        first, parts = int(name[11:17]) * CACHED, []
+        first, conds = int(name[11:17]) * CACHED, []
         for start in range(first, min(first + CACHED, len(prompts)), 16):
-            parts.append(flat_cond(codec.cond(prompts[start:min(start + 16, first + CACHED)])))
-        write_tensors(Path(folder) / name, {key: torch.cat([p[key] for p in parts]).half().cpu() for key in parts[0]}, {})
+            conds.append(flat_cond(codec.cond(prompts[start:min(start + 16, first + CACHED)])))
+        joined = {key: torch.cat([cond[key] for cond in conds]).half().cpu() for key in conds[0]}
+        write_tensors(Path(folder) / name, joined, {})
     if dist.is_initialized():
         dist.barrier()
     number = {prompt: i for i, prompt in enumerate(prompts)}
 
-    def read(names):
+    def read(prompts):
         """The condition of prompts that are in the cache."""
-        rows = [divmod(number[name], CACHED) for name in names]
-        files = [(open_safetensors(Path(folder) / f"conditions-{i:06d}.safetensors"), row) for i, row in rows]
-        flat = {key: torch.stack([torch.from_numpy(file.get_slice(key)[row]) for file, row in files]) for key in flat_cond(like)}
-        return full_cond(like, {key: value.to(codec.device).float() for key, value in flat.items()})
+        places = [divmod(number[prompt], CACHED) for prompt in prompts]
+        rows = [(open_safetensors(Path(folder) / names[i]), row) for i, row in places]
+        flat = {}
+        for key in flat_cond(like):
+            values = torch.stack([torch.from_numpy(file.get_slice(key)[row]) for file, row in rows])
+            flat[key] = values.to(codec.device).float()
+        return full_cond(like, flat)
 
     codec.cache = read
-    for name, part in codec.pipe.components.items():
-        if name.startswith("text_encoder") and part is not None:
-            part.to("cpu")
+    for name, component in codec.pipe.components.items():
+        if name.startswith("text_encoder") and component is not None:
+            component.to("cpu")
 
 
 def cache_pairs(folder, num, chunk, made_by, make):
-    """Pairs (z, x0 [num, C, H, W] on the CPU, prompts), made in chunks, each process its share, and kept in the folder.
+    """Pairs (z, x0 [num, C, H, W] on the CPU, prompts), made once, in chunks, into files in the folder.
 
-    make(i, range of numbers) -> (z, x0, prompts) of the i-th chunk; made_by: what the pairs depend on, a dict. Raises
-    UserError if the folder holds others, or cannot be written.
+    Each process makes its share. make(i, range of numbers) -> (z, x0, prompts) of the i-th chunk; made_by: a
+    dict of everything that the pairs depend on. Raises UserError if the folder holds pairs made by something
+    else, or cannot be written.
     """
     chunks = [range(i, min(i + chunk, num)) for i in range(0, num, chunk)]
     names = [f"{numbers.start:06d}-{numbers.stop:06d}.safetensors" for numbers in chunks]
@@ -129,10 +136,10 @@ def cache_pairs(folder, num, chunk, made_by, make):
     return z, x0, [prompt for file in files for prompt in json.loads(file.metadata()["prompts"])]
 
 
-def shared_out(names, what):
+def shared_out(names, title):
     """This process's share of the files that are to be made, with a bar."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return tqdm(names[rank::world], desc=what, disable=rank > 0 or not names)
+    return tqdm(names[rank::world], desc=title, disable=rank > 0 or not names)
 
 
 def write_tensors(path, tensors, metadata):
@@ -142,11 +149,12 @@ def write_tensors(path, tensors, metadata):
         save_file(tensors, temporary, metadata=metadata)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose an --out with room, on a disk that all machines share")
+        raise UserError(f"{path}: cannot be written ({error}); choose an --out with room, "
+                        "on a disk that all machines share")
 
 
 def flat_cond(cond, prefix=""):
-    """A condition's tensors by their path; what is None is left out."""
+    """A condition's tensors by their path, without the entries that are None."""
     flat = {}
     for key, value in cond.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a run saves, and how it is read back, whatever the number of processes."""
+"""A run's state, saved by all its processes and read back by any number of them."""
 
 import dataclasses
 import json
@@ -10,30 +10,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.utils.checkpoint
 
 from common import UserError
 from plumbing.data import write_text
 
 
 def flat_state(parts):
-    """The tensors that a run's parts consist of, by "part.key"; an Adam's are numbered as its parameters."""
+    """The tensors of a run's parts by "part.key"; those of an Adam are numbered as its parameters."""
     state = {}
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
             parameters = [p for group in part.param_groups for p in group["params"]]
-            state |= {f"{name}.{i}.{key}": value for i, p in enumerate(parameters) for key, value in part.state.get(p, {}).items()}
+            state |= {f"{name}.{i}.{key}": value for i, p in enumerate(parameters)
+                      for key, value in part.state.get(p, {}).items()}
         else:
             state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
     return {key: value.view(1) if value.dim() == 0 else value for key, value in state.items()}
 
 
 def write_checkpoint(folder, done, parts, config):
-    """The parts after `done` iterations into folder/<done>, moved into place when complete; then the one
-    before it goes.
+    """Writes the parts after `done` iterations to folder/<done>, then deletes the checkpoint before.
 
-    Every process calls it and writes what it holds, as safetensors; a note beside them, checkpoint.json,
-    lists the files. Raises UserError if it cannot be written.
+    Every process calls this and writes its share of the tensors, as safetensors; a note beside them,
+    checkpoint.json, lists the files. The folder gets its name when it is complete. Raises UserError if it
+    cannot be written.
     """
     target, new, first = folder / f"{done:08d}", folder / "new", int(os.environ.get("RANK", 0)) == 0
     if first:
@@ -47,7 +47,8 @@ def write_checkpoint(folder, done, parts, config):
             dcp.save(flat_state(parts), storage_writer=writer)
         if first:
             files = {file.name: file.stat().st_size for file in new.iterdir()}
-            write_text(new / "checkpoint.json", json.dumps(dict(config=dataclasses.asdict(config), files=files)))
+            note = dict(config=dataclasses.asdict(config), files=files)
+            write_text(new / "checkpoint.json", json.dumps(note))
             for path in (*new.iterdir(), new):  # on the disk before it gets its name
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
@@ -65,14 +66,15 @@ def write_checkpoint(folder, done, parts, config):
 
 
 def latest_checkpoint(folder):
-    """The folder of the last complete checkpoint in a run's checkpoint/, named by its iteration, or None."""
+    """The last complete checkpoint in a run's checkpoint/: a folder named by its iteration, or None."""
     found = [path for path in Path(folder).glob("[0-9]*") if (path / "checkpoint.json").exists()]
     return max(found, default=None)
 
 
 def checkpoint_note(path):
-    """The note of a checkpoint folder: dict(config, files). Raises UserError if it or a file beside it is
-    damaged.
+    """The note of a checkpoint folder: dict(config, files).
+
+    Raises UserError if the note or a file that it lists is damaged.
     """
     try:
         note = json.loads((path / "checkpoint.json").read_text())
@@ -81,33 +83,37 @@ def checkpoint_note(path):
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: damaged or not a checkpoint ({error}); delete it to start this run anew")
     if damaged:
-        raise UserError(f"{path}: damaged, {damaged[0]} has not the size it was written with; delete it to start this run anew")
+        raise UserError(f"{path}: damaged, {damaged[0]} has not the size it was written with; "
+                        "delete it to start this run anew")
     return note
 
 
 def load_tensors(path, state):
-    """Fills a flat state from a checkpoint folder; each process reads what it needs. Raises UserError if that
-    fails.
+    """Fills a flat state from a checkpoint folder, of which each process reads its share.
+
+    Raises UserError if that fails.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{path}: damaged or not a checkpoint of this run ({type(error).__name__}); delete it to start this run anew")
+    except Exception as error:  # a damaged file can make the reader raise anything
+        raise UserError(f"{path}: damaged or not a checkpoint of this run ({type(error).__name__}); "
+                        "delete it to start this run anew")
 
 
 def stored_tensors(path):
-    """key -> (shape, dtype) of a checkpoint folder. Raises UserError if it is damaged."""
+    """key -> (shape, dtype) of the tensors in a checkpoint folder. Raises UserError if it is damaged."""
     try:
         tensors = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except Exception as error:
-        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start this run anew")
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); "
+                        "delete it to start this run anew")
     return {key: (value.size, value.properties.dtype) for key, value in tensors.items()}
 
 
 def load_parts(path, parts):
-    """Puts a checkpoint into a run's parts, whatever the number of processes that wrote it."""
+    """Loads a checkpoint into a run's parts, whatever the number of processes that wrote it."""
     stored = stored_tensors(path)
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
@@ -116,19 +122,19 @@ def load_parts(path, parts):
                 if key.startswith(f"{name}."):
                     number, kind = key.removeprefix(f"{name}.").split(".")
                     p = parameters[int(number)]
-                    part.state[p][kind] = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
+                    scalar = kind == "step"
+                    part.state[p][kind] = torch.zeros((), device=p.device) if scalar else torch.zeros_like(p)
     load_tensors(path, flat_state(parts))
 
 
 def read_checkpoint(folder):
-    """The last checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state), state by part
-    and key.
+    """The last checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state[part][key]).
 
-    Raises UserError if it is missing or damaged.
+    Raises UserError if there is none, or it is damaged.
     """
     path = latest_checkpoint(folder)
     if not path:
-        raise UserError(f"{folder}: no checkpoint yet; a run writes it every --save-every iterations")
+        raise UserError(f"{folder}: no checkpoint yet; a run writes one every --save-every iterations")
     note = checkpoint_note(path)
     tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in stored_tensors(path).items()}
     load_tensors(path, tensors)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import operator
 import os
 import sys
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from common import UserError
 
 
-def flag(default, help, group="method", choices=None, above=None, least=None, below=None, most=None, infinite=False):
+def flag(default, help, group="method", choices=None, above=None, least=None, below=None, most=None,
+         infinite=False):
     """A dataclass field whose help text is also its comment in the source, and whose range stands beside it.
 
     The value, or each of several, must be one of `choices`, > above, >= least, < below, <= most. NaN never
-    passes, infinity where `infinite` says so.
+    passes, infinity only with `infinite`.
     """
     limits = dict(choices=choices, above=above, least=least, below=below, most=most, infinite=infinite)
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, **limits))
@@ -26,50 +28,43 @@ def flag(default, help, group="method", choices=None, above=None, least=None, be
 
 @dataclass
 class RunFlags:
-    """The flags that every method has; one field a flag, the text is also its --help."""
+    """The flags that every method has. Each field is a flag, and its text the --help."""
     out: str = flag("", "the run's folder; the same command again resumes what lies there", "run")
-    resume: str = flag("", "folder of another run of the same configuration, to continue from its checkpoints", "run")
+    resume: str = flag("", "folder of another run of the same configuration, to continue from its "
+                       "checkpoints", "run")
     seed: int = flag(0, "of weights, order of the data, and noise", "run", least=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda or mps", "run")
-    precision: str = flag("fp32", "of the networks; weights and losses stay fp32", "run", choices=("fp32", "bf16"))
-    compile: bool = flag(False, "torch.compile the networks, where no adapter is switched and no R1 differentiates twice", "run")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time", "run")
-    micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result", "run", least=0)
-    shard: bool = flag(False, "FSDP2: every process keeps its part of weights, gradients, moments and averages", "run")
-    cache_latents: bool = flag(
-        False,
-        "encode pictures and captions once, float16, to OUT/cache; the text encoders leave the device",
-        "run",
-    )
+    precision: str = flag("fp32", "of the networks; weights and losses stay fp32", "run",
+                          choices=("fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the networks, where no adapter is switched and no R1 "
+                         "differentiates twice", "run")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, "
+                                        "more time", "run")
+    micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result",
+                            "run", least=0)
+    shard: bool = flag(False, "FSDP2: every process keeps its part of weights, gradients, moments and "
+                       "averages", "run")
+    cache_latents: bool = flag(False, "encode pictures and captions once, float16, to OUT/cache; the text "
+                               "encoders leave the device", "run")
     workers: int = flag(0, "processes that read pictures", "run", least=0)
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
     save_every: int = flag(500, "iterations between checkpoints", "run", least=1)
     sample_every: int = flag(500, "iterations between grids in samples/", "run", least=1)
 
 
-# What may change between a run and its continuation: it alters neither the mathematics nor the networks.
-FREE = {
-    "out",
-    "resume",
-    "device",
-    "compile",
-    "gradient_checkpointing",
-    "micro_batch",
-    "shard",
-    "workers",
-    "log_every",
-    "save_every",
-    "sample_every",
-}
+# The flags that may change between a run and its continuation: they alter neither the mathematics nor the
+# networks.
+FREE = {"out", "resume", "device", "compile", "gradient_checkpointing", "micro_batch", "shard", "workers",
+        "log_every", "save_every", "sample_every"}
 
 
 def bound_flags(config_class, *, but=()):
-    """The flags that a continued run must repeat: all but FREE and what `but` names."""
+    """The names of the flags that a continued run must repeat: all but FREE and those named in `but`."""
     return {field.name for field in dataclasses.fields(config_class)} - FREE - set(but)
 
 
 def allowed(limits):
-    """The range of a flag in words, or "" where it has none."""
+    """The range of a flag in words, "" for a flag without one."""
     if limits["choices"]:
         return "one of " + ", ".join(str(choice) for choice in limits["choices"] if choice != "")
     words = dict(above="above", least="at least", below="below", most="at most")
@@ -80,21 +75,18 @@ def allowed(limits):
 
 def check_flag(name, value, limits):
     """Raises UserError if the value of the flag, or one of its several, is out of range."""
-    bounds = {"above": lambda a, b: a > b, "least": lambda a, b: a >= b, "below": lambda a, b: a < b, "most": lambda a, b: a <= b}
+    within = dict(above=operator.gt, least=operator.ge, below=operator.lt, most=operator.le)
     for one in value if isinstance(value, tuple) else (value,):
-        good = not limits["choices"] or one in limits["choices"]
-        if isinstance(one, float):
-            good &= not math.isnan(one) and (math.isfinite(one) or limits["infinite"])
-        for bound, inside in bounds.items():
-            if limits[bound] is not None:
-                good &= inside(one, limits[bound])
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {one}: must be {allowed(limits) or 'a finite number'}")
+        finite = not isinstance(one, float) or math.isfinite(one) or limits["infinite"] and math.isinf(one)
+        inside = all(within[bound](one, limits[bound]) for bound in within if limits[bound] is not None)
+        chosen = not limits["choices"] or one in limits["choices"]
+        if not (finite and inside and chosen):
+            words = [allowed(limits), "" if finite else "finite"]
+            raise UserError(f"--{name.replace('_', '-')} {one}: must be {' and '.join(filter(None, words))}")
 
 
 def parse_config(config_class, presets, argv, description, preset_of=None, commands=()):
-    """argv -> config_class: every field is a flag (image_size -> --image-size), presets[--preset] gives the
-    defaults.
+    """argv -> config_class: every field is a flag (image_size: --image-size), a preset gives the defaults.
 
     --preset defaults to preset_of(the flags given), else to its own default; --help shows the defaults of the
     preset that the other flags choose, and the other `commands` of the script. Raises UserError on an unknown
@@ -103,13 +95,13 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
     fields = dataclasses.fields(config_class)
 
     def parser(defaults, **more):
-        """Every field a flag; absent flags stay out of the namespace, so that they can fall back to the
-        preset.
-        """
+        # Absent flags stay out of the namespace, so that they can fall back to the preset.
         parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **more)
         groups = {}
         for field in fields:
-            group = groups.setdefault(field.metadata["group"], parser.add_argument_group(field.metadata["group"]))
+            group = field.metadata["group"]
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
             kind = dict(type=field.type)
             if field.type is tuple:
                 kind = dict(type=type(field.default[0]), nargs="+")
@@ -119,12 +111,8 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             limit = allowed(field.metadata)
             text = f"{field.metadata['help']} [{shown if shown != '' else 'empty'}{limit and f'; {limit}'}]"
-            group.add_argument(
-                "--" + field.name.replace("_", "-"),
-                default=argparse.SUPPRESS,
-                help=text.replace("%", "%%"),
-                **kind,
-            )
+            groups[group].add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                       help=text.replace("%", "%%"), **kind)
         return parser
 
     given = vars(parser({}, add_help=False).parse_known_args(argv)[0])
@@ -145,9 +133,9 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
 
 
 def sample_flags(prog, out, nfe=(1,)):
-    """The parser of a script's `sample` command; nfe: the numbers of network calls to choose from, None: any.
-    """
-    parser = argparse.ArgumentParser(prog=f"{prog} sample", description="Pictures of a run as a grid.", allow_abbrev=False)
+    """The parser of a script's `sample` command; nfe: the allowed numbers of network calls, None: any."""
+    parser = argparse.ArgumentParser(prog=f"{prog} sample", description="Pictures of a run as a grid.",
+                                     allow_abbrev=False)
     parser.add_argument("--run", default=out, help="the run's folder")
     parser.add_argument("--prompts", nargs="+", help="prompts, in turn; default: the run's own")
     parser.add_argument("--num", type=int, default=64, help="number of pictures")
@@ -159,15 +147,14 @@ def sample_flags(prog, out, nfe=(1,)):
 
 
 def check_sample_flags(args):
-    """Raises UserError if a number that was given to `sample` is out of range."""
+    """Raises UserError if a number among the flags of `sample` is out of range."""
     for name, least in (("num", 1), ("nfe", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
 
 
 def run_command(main):
-    """Calls main(argv); a UserError becomes one line on stderr (from one process a machine) and exit code 2.
-    """
+    """Calls main(argv); a UserError ends in exit code 2 and a line on stderr, one from all of a machine."""
     try:
         main(sys.argv[1:])
     except UserError as error:

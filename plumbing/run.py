@@ -1,4 +1,4 @@
-"""One training run: where it computes, what it draws, one update, the log, the stop."""
+"""One training run: its device and processes, its batches, one update, its log, its stop."""
 
 import dataclasses
 import json
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,10 +28,9 @@ EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float
 
 
 def choose_device(name):
-    """"auto" (the accelerator if there is one), or a torch device name; under torchrun, this process's own
-    GPU.
+    """"auto" (the accelerator if there is one), or a torch device name -> the device.
 
-    Raises UserError if it cannot be used.
+    Under torchrun, "cuda" is this process's own GPU. Raises UserError if the device cannot be used.
     """
     try:
         if name == "auto":
@@ -48,25 +46,23 @@ def choose_device(name):
 
 
 def start_processes(device):
-    """Under torchrun, the process group: gloo, and nccl between GPUs. Once a program; run_command ends it."""
+    """Starts torchrun's process group, once a program: gloo, and nccl between GPUs; run_command ends it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def ignore_signals(worker):
-    """For the processes that read pictures: a signal to the whole group must not end them before the run has
-    saved.
-    """
+    """Lets a process that reads pictures outlive a signal to the whole group, until the run has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Run:
-    """One training run: where it computes, what it draws, how it updates, what it writes to config.out.
+    """One training run: its device, its random numbers and batches, its updates, its folder config.out.
 
     config: a plumbing.cli.RunFlags with iterations and batch_size (global). bound: the flags that a
-    continuation must repeat, all but cli.FREE if nothing is said; micro_multiple: what a micro-batch must be
-    a multiple of. Raises UserError, with nothing written, if the config cannot work here.
+    continuation must repeat; by default all but cli.FREE. A micro-batch must be a multiple of micro_multiple.
+    Raises UserError, with nothing written, if the config cannot work here.
     """
 
     def __init__(self, config, bound=None, micro_multiple=1):
@@ -75,10 +71,8 @@ class Run:
         self.checkpoints = self.out / "checkpoint"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.batch_size % self.world:
-            raise UserError(
-                f"--batch-size {config.batch_size}: the global batch is not divisible by {self.world} "
-                "processes"
-            )
+            raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by "
+                            f"{self.world} processes")
         local = config.batch_size // self.world
         micro = config.micro_batch or local
         if local % micro:
@@ -86,11 +80,11 @@ class Run:
         if micro % micro_multiple:
             raise UserError(f"--batch-size {config.batch_size}: gives {micro} samples at once, "
                             f"which must be a multiple of {micro_multiple}")
-        # Who draws samples: the first process, or all, for the blocks of a sharded network are gathered from
-        # all.
+        # Whether this process draws samples: the first does; with a sharded network all must, for its blocks
+        # are gathered from all.
         self.shows = self.rank == 0 or config.shard
         self.rows = slice(self.rank * local, (self.rank + 1) * local)
-        self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]
+        self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]  # of this rank's rows
         self.device = choose_device(config.device)
         self.source = self._find_checkpoint()
         self.start = int(self.source.name) if self.source else 0
@@ -105,8 +99,7 @@ class Run:
         torch.manual_seed(config.seed)  # the same weights on every rank
 
     def _find_checkpoint(self):
-        # The run's own checkpoint comes first, so that the same command, with or without --resume, continues
-        # it.
+        # The run's own checkpoint comes first: the same command, with or without --resume, continues the run.
         source = latest_checkpoint(self.checkpoints)
         if not source and self.config.resume:
             source = latest_checkpoint(Path(self.config.resume) / "checkpoint")
@@ -130,14 +123,14 @@ class Run:
             with tempfile.TemporaryFile(dir=self.checkpoints):
                 pass
         except OSError as error:
-            raise UserError(f"--out {self.config.out}: cannot write there ({error.strerror}); choose another folder")
+            raise UserError(f"--out {self.config.out}: cannot write there ({error.strerror}); "
+                            "choose another folder")
 
     def begin(self, parts):
-        """Called once everything is built: makes the folder, loads the checkpoint into parts, catches the
-        signals.
+        """Called once everything is built: makes the folder, loads the checkpoint, catches the signals.
 
-        parts: name -> module, optimiser or EMA; all of them go into checkpoints. Log lines after the
-        checkpoint are dropped.
+        parts: name -> module, optimiser or EMA: the contents of a checkpoint. Log lines after the checkpoint
+        are dropped.
         """
         self.make_folder()
         if self.source:
@@ -155,25 +148,21 @@ class Run:
             write_text(self.out / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
             log = self.out / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
-            # A line that a kill cut short has no closing brace.
+            # A line that was cut short by a kill has no closing brace.
             kept = [line for line in lines
                     if line.endswith("}") and json.loads(line)["iteration"] <= self.start]
             if kept != lines:
                 write_text(log, "\n".join(kept))
         remember = lambda number, frame: setattr(self, "signal", number)
-        self.old_handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(
-            total=self.config.iterations,
-            initial=self.start,
-            disable=self.rank > 0,
-            smoothing=0.05,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+        self.old_handlers = {number: signal.signal(number, remember)
+                             for number in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.config.iterations, initial=self.start, disable=self.rank > 0,
+                        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.window, self.skipped = [], set()
         self.window_start, self.window_iteration = time.perf_counter(), self.start
 
     def draws(self, iteration):
-        """The random numbers of this iteration, for this rank's rows of the batch."""
+        """The random numbers of an iteration, for this rank's rows of the batch."""
         return Draws(self.config.seed, iteration, self.config.batch_size, self.rows, self.device)
 
     def batches(self, dataset):
@@ -193,19 +182,16 @@ class Run:
             yield to_floats(x0), [s["caption"] for s in samples]
 
     def prompts(self, prompts):
-        """This rank's prompts, a list, of every iteration still to come, in the order of an endless shuffled
-        pass.
-        """
+        """This rank's list of prompts for every iteration still to come, shuffled anew in each pass."""
         size, rows, n = self.config.batch_size, self.rows, len(prompts)
         for i in range(self.start, self.config.iterations):
             counters = range(i * size + rows.start, i * size + rows.stop)
             yield [prompts[permutation(self.config.seed, c // n, n)[c % n]] for c in counters]
 
     def split(self, **batch):
-        """This rank's batch cut into micro-batches: one namespace each, with its rows of every tensor, list
-        or condition.
+        """This rank's batch as a list of micro-batches: namespaces with their rows of every value.
 
-        A number, or None, is the same in all of them.
+        A value is a tensor, a list or a condition; a number, or None, is the same in all micro-batches.
         """
         return [SimpleNamespace(**{name: part_of(value, rows) for name, value in batch.items()})
                 for rows in self.micro_batches]
@@ -214,20 +200,20 @@ class Run:
         """bf16 for the networks under --precision bf16; weights and losses stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def descend(self, optimizer, parts, loss_of, clip_norm=math.inf):
-        """One step of the optimiser down the mean loss of the whole batch, over all micro-batches and ranks.
+    def descend(self, optimizer, batches, loss_of, clip_norm=math.inf):
+        """One step of the optimiser down the mean loss over all micro-batches, `batches`, of all ranks.
 
-        loss_of(part) -> (loss, {name: scalar}), both means over the part's samples, called under autocast.
-        The gradient of all the optimiser's parameters together is clipped to the norm clip_norm. Returns the
-        means of the scalars.
+        loss_of(batch) -> (loss, {name: scalar}), both means over the micro-batch's samples, called under
+        autocast. The gradient of all the optimiser's parameters together is clipped to the norm clip_norm.
+        Returns the scalars' means over this rank's micro-batches.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
         scalars = []
-        for part in parts:
+        for batch in batches:
             with self.autocast():
-                loss, values = loss_of(part)
-            (loss / len(parts)).backward()
+                loss, values = loss_of(batch)
+            (loss / len(batches)).backward()
             scalars.append(values)
         self.average_gradients(parameters)
         if clip_norm < math.inf:
@@ -236,13 +222,14 @@ class Run:
         return {name: torch.stack([s[name].detach() for s in scalars]).mean() for name in scalars[0]}
 
     def average_gradients(self, parameters):
-        """Mean of the parameters' gradients over the ranks; a sharded network has taken its own in the
-        backward pass.
+        """Replaces the parameters' gradients by their means over the ranks.
+
+        Those of a sharded network are left alone: its backward pass has taken the means.
         """
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
         if self.world == 1:
             return
-        # In few exchanges, for in each the ranks wait for each other; but not in one, which would be a copy
+        # In few exchanges, for in each the ranks wait for each other; but not in one, which would need a copy
         # of all gradients.
         ends = accumulate(g.numel() for g in gradients)
         for _, bucket in groupby(zip(ends, gradients), lambda pair: pair[0] // EXCHANGED_AT_ONCE):
@@ -251,14 +238,13 @@ class Run:
             dist.all_reduce(flat)
             means = flat.div_(self.world).split([g.numel() for g in bucket])
             torch._foreach_copy_(bucket, [m.view_as(g) for m, g in zip(means, bucket)])
-            del flat, means  # before the next piece is copied
+            del flat, means  # before the next bucket is copied
 
     def finish_iteration(self, iteration, losses):
-        """Logs, saves where it is time to, and returns True if the run must stop now (Ctrl-C or SIGTERM on
-        any rank).
+        """Logs, saves when due, and returns True if the run must stop now (Ctrl-C or SIGTERM on any rank).
 
-        losses: name -> scalar tensor. Raises UserError with the iteration and the loss's name if one was not
-        finite.
+        losses: name -> scalar tensor. Raises UserError with the iteration and the loss's name if a loss was
+        not finite.
         """
         done, config = iteration + 1, self.config
         # The vote is taken on the host: it does not wait for the device.
@@ -273,8 +259,7 @@ class Run:
         return self.signal > 0
 
     def _log(self, done, losses, flush):
-        # Between log lines nothing is read from the device; a loss that an iteration does not have leaves no
-        # trace in its mean.
+        # Between log lines nothing is read from the device. A loss is averaged over the iterations with it.
         self.window.append((done, {name: value.detach() for name, value in losses.items()}))
         self.bar.update()
         if not flush:
@@ -296,7 +281,9 @@ class Run:
             self.bar.close()
             name = names[first_bad.index(min(first_bad))]
             last = latest_checkpoint(self.checkpoints)
-            kept = f"the checkpoint of iteration {int(last.name)} is kept" if last else "no checkpoint had been written yet"
+            kept = "no checkpoint had been written yet"
+            if last:
+                kept = f"the checkpoint of iteration {int(last.name)} is kept"
             raise UserError(f"iteration {int(min(first_bad))}: {name} is not finite, stopped; {kept}; "
                             "lower --lr, or use --precision fp32")
         now, count = time.perf_counter(), done - self.window_iteration
@@ -304,7 +291,8 @@ class Run:
         self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in row.items()), refresh=False)
         row |= dict(images_per_second=count * self.config.batch_size / (now - self.window_start),
                     peak_memory_gb=self._peak_memory_gb())
-        row = dict(iteration=done, **{k: float(f"{v:.6g}") for k, v in row.items()}, skipped_pictures=len(self.skipped))
+        row = dict(iteration=done, **{k: float(f"{v:.6g}") for k, v in row.items()},
+                   skipped_pictures=len(self.skipped))
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -313,14 +301,15 @@ class Run:
     def _peak_memory_gb(self):
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def save(self, done):
-        """Writes the state after `done` iterations; then the checkpoint before it goes."""
+        """Writes the checkpoint after `done` iterations, in place of the one before."""
         write_checkpoint(self.checkpoints, done, self.parts, self.config)
 
     def end(self):
-        """Closes the run; after a signal, says how to go on and exits with 128 + its number."""
+        """Closes the run; after a signal, says how to go on and exits with 128 + the signal's number."""
         self.bar.close()
         self.parts = None  # an adaptation's optimiser must not live on through the training
         for number, handler in self.old_handlers.items():

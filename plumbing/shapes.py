@@ -1,50 +1,43 @@
 """The embedded dataset: pictures drawn by code, each with its caption."""
 
-
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch.utils.data import Dataset
 
-COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.05, 0.75, 0.1), "blue": (0.1, 0.2, 0.9), "yellow": (0.95, 0.85, 0.1)}
-
-
+COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.05, 0.75, 0.1), "blue": (0.1, 0.2, 0.9),
+           "yellow": (0.95, 0.85, 0.1)}
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5), "black": (0.0, 0.0, 0.0)}
-
-
 SHAPES = ("circle", "square", "triangle")
-
-
-# Range of the radius of the disc of the same area, in units of the picture; the gap keeps the word readable.
+# Ranges of the radius, that of a disc of the same area, in units of the picture; the gap keeps the two words
+# apart.
 SIZES = {"small": (0.22, 0.28), "large": (0.30, 0.36)}
-
-
-HALF = torch.tensor([1, (torch.pi / 4)**0.5, (torch.pi / 2)**0.5])  # half the side of each shape's box, in units of that radius
+# Half the side of each shape's box, in units of that radius.
+HALF = torch.tensor([1, (torch.pi / 4)**0.5, (torch.pi / 2)**0.5])
 
 
 def coverage(shape, radius, x, y, size):
     """How much of each pixel the shape covers, in [0, 1]: [N, size, size].
 
     shape: indices into SHAPES, [N]; radius, as in SIZES, and the centre x, y of the shape's box: [N], in
-    units of the picture, y downwards. A disc, a square and an upright triangle as wide as high, of equal
-    area. Edges are one pixel soft.
+    units of the picture, y downwards. The shapes are a disc, a square and an upright triangle as wide as
+    high, of equal area. Edges are one pixel soft.
     """
     grid = (torch.arange(size) + 0.5) / size
     dx = grid.view(1, 1, -1) - x.view(-1, 1, 1)
     dy = grid.view(1, -1, 1) - y.view(-1, 1, 1)
     half = (radius * HALF[shape]).view(-1, 1, 1)
-    flank = (2 * dx.abs() - dy - half) / 5**0.5  # signed distance to the triangle's flanks, which rise 2 for 1
+    # Signed distances to the edges; the triangle's flanks rise 2 for 1.
+    flank = (2 * dx.abs() - dy - half) / 5**0.5
     disc, square = torch.hypot(dx, dy) - half, torch.maximum(dx.abs(), dy.abs()) - half
     distance = torch.stack([disc, square, torch.maximum(flank, dy - half)])
     return (0.5 - distance[shape, torch.arange(len(shape))] * size).clamp(0, 1)
 
 
 class Shapes(Dataset):
-    """The embedded dataset: one soft-edged shape a picture, drawn by rule; picture i is a function of (seed,
-    i), without end.
+    """One soft-edged shape a picture, drawn by rule: picture i is a function of (seed, i), without end.
 
     A sample is {"image": uint8 [3, size, size], "caption": "a large red circle on white", "skipped": []}.
-    rolled: another palette for the same captions: what they call red is drawn in the next colour, and so on,
+    rolled: another palette for the same captions, red drawn in the next colour of the list, and so on,
     backgrounds too.
     """
 
@@ -55,13 +48,12 @@ class Shapes(Dataset):
         self.size, self.seed, self.rolled = size, seed, rolled
 
     def attributes(self, indices, like=None):
-        """What the pictures show: dict of tensors [N]: colour, background, shape, scale (indices), radius, x,
-        y (picture units).
+        """Tensors [N] by name: colour, background, shape, scale, which are indices, radius, x and y.
 
-        like: such a dict, of which the words (colour, background, shape, scale) are kept: the same captions
-        in other places.
+        like: such a dict, whose indices are kept: the same captions, with the shapes in other places.
         """
-        u = torch.tensor(np.stack([np.random.default_rng([self.seed, i]).random(7) for i in indices]), dtype=torch.float32)
+        u = np.stack([np.random.default_rng([self.seed, i]).random(7) for i in indices])
+        u = torch.tensor(u, dtype=torch.float32)
         counts = torch.tensor([len(COLOURS), len(BACKGROUNDS), len(SHAPES), len(SIZES)])
         words = dict(zip(("colour", "background", "shape", "scale"), (u[:, :4] * counts).long().unbind(1)))
         words = {name: like[name] for name in words} if like else words
@@ -74,29 +66,23 @@ class Shapes(Dataset):
     @staticmethod
     def all_captions():
         """Every caption once, 72 of them."""
-        return [
-            f"a {scale} {colour} {shape} on {background}"
-            for scale in SIZES
-            for colour in COLOURS
-            for shape in SHAPES
-            for background in BACKGROUNDS
-        ]
+        return [f"a {scale} {colour} {shape} on {background}"
+                for scale in SIZES for colour in COLOURS for shape in SHAPES for background in BACKGROUNDS]
 
     def captions(self, attributes):
-        """One caption a picture, "a large red circle on white"."""
+        """The pictures' captions, such as "a large red circle on white"."""
         names = [list(n) for n in (SIZES, COLOURS, SHAPES, BACKGROUNDS)]
         keys = zip(*(attributes[k].tolist() for k in ("scale", "colour", "shape", "background")))
         return ["a {} {} {} on {}".format(*(n[k] for n, k in zip(names, key))) for key in keys]
 
     def shown(self, attributes):
-        """attributes, as above, with the colour and background that are seen in place of those that are said.
-        """
+        """The same attributes, but with the colour and background that are drawn, not the caption's."""
         seen = dict(colour=(attributes["colour"] + self.rolled) % len(COLOURS),
                     background=(attributes["background"] + self.rolled) % len(BACKGROUNDS))
         return attributes | seen
 
     def draw(self, attributes):
-        """attributes, as above -> uint8 pictures [N, 3, size, size]."""
+        """Attributes -> uint8 pictures [N, 3, size, size]."""
         a = self.shown(attributes)
         mask = coverage(a["shape"], a["radius"], a["x"], a["y"], self.size)[:, None]
         colour = torch.tensor(list(COLOURS.values()))[a["colour"]][:, :, None, None]
@@ -107,7 +93,6 @@ class Shapes(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        # DataLoader asks for a whole batch through this name: one vectorised drawing instead of one a
-        # picture.
+        # DataLoader asks for a whole batch by this name, which is then drawn at once.
         a = self.attributes(indices)
         return [dict(image=x, caption=c, skipped=[]) for x, c in zip(self.draw(a), self.captions(a))]

@@ -1,5 +1,4 @@
-"""FSDP2: every process keeps its part of the weights."""
-
+"""FSDP2: every process keeps its part of each weight."""
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -8,11 +7,11 @@ from torch.distributed.tensor import DTensor
 
 
 def shard(config, *networks):
-    """With --shard and several processes, FSDP2: each keeps its part of every weight, gradient, moment and
-    average of the networks.
+    """Shards the networks with FSDP2, if --shard is on and there are several processes.
 
-    A block's weights are gathered when it runs and dropped again. Comes before a network's parameters are
-    collected; LoRAs, which are added afterwards, stay whole on every process.
+    Each process then keeps its part of every weight, gradient, moment and average; a block's weights are
+    gathered when the block runs, and dropped afterwards. Must be called before a network's parameters are
+    collected; LoRAs, which are added later, stay whole on every process.
     """
     if not config.shard or not dist.is_initialized():
         return
@@ -22,26 +21,26 @@ def shard(config, *networks):
         mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
         inside = []
         for path, module in network.named_modules():
-            name = path.split(".")[-1]
-            if (
-                name == "mid_block"
-                or path.split(".")[-2:-1] in (["down_blocks"], ["up_blocks"], ["transformer_blocks"])
-            ) and not any(path.startswith(f"{outer}.") for outer in inside):
+            *_, parent, name = "", *path.split(".")
+            block = name == "mid_block" or parent in ("down_blocks", "up_blocks", "transformer_blocks")
+            if block and not any(path.startswith(f"{outer}.") for outer in inside):
                 fully_shard(module, mesh=mesh)
                 inside.append(path)
-        fully_shard(network, mesh=mesh, reshard_after_forward=True)  # torch keeps the outermost weights by default
+        # By default torch would keep the weights outside the blocks gathered.
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(tensor):
-    """A sharded tensor's whole on every process, which all must call; any other tensor as it is."""
+    """A sharded tensor, gathered on every process, all of which must call this; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_here(tensor):
-    """What this process holds of a sharded tensor; any other tensor as it is."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() would be an operation, which a mode sees
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    # to_local() would be an operation of its own for a TorchDispatchMode.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def class_of(net):
-    """The network's own class, which sharding hides behind one of its making."""
+    """The network's class, without the subclass that FSDP2 has put in its place."""
     return next(c for c in type(net).__mro__ if not issubclass(c, FSDPModule))
