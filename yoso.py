@@ -1,5 +1,4 @@
-"""YOSO, You Only Sample Once (Luo et al., arXiv 2403.12931): a GAN makes a denoiser one-step, from scratch or
-pretrained.
+"""YOSO, You Only Sample Once (Luo et al., arXiv 2403.12931): a GAN makes a denoiser draw in one step.
 
 The idea. A denoiser G(x_t, t) maps a noisy picture to a clean one. From pure noise it can only guess the
 mean, a blur; a GAN loss makes it guess a picture instead. Matching noise to data in one leap is a hard GAN
@@ -28,23 +27,25 @@ which returns logits; x^t -> fake; x^{t-1} -> real, target; k, m -> real_offset,
 the schedule; lambda_t -> lambda_rec * reconstruction_weight; lambda_t^con -> lambda_con * consistency_weight;
 h -> half, a HalfUNet.
 
-What differs from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake),
+Differences from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake),
 as in any GAN. The real side and the target are under stop-gradient in both places. Real and fake go into D
 with the fake's t. From scratch the generator is diffusers' UNet2DModel instead of NCSN++: no tanh (samples
 are clamped instead), no FIR resampling. The second stage of the adaptation regresses onto the velocity of the
-rescaled schedule, for the printed one would leave noise in a perfect student. What differs from the authors'
-fine-tuning script. It averages D's logits over the batch before the softplus, and the reconstruction error
-over the whole batch before it weights it, so E[w] E[error] stands where E[w error] is meant. With both
-undone, its step is this one (tests/reference.py). It lets G(x_t, t) fade into x_t at the lowest levels,
-c_skip(1) = 0.0025; here level 0 is the data itself, and t is drawn from 1.
+rescaled schedule, for the printed one would leave noise in a perfect student.
 
-  python yoso.py                                      shapes, 16 x 16: 9 minutes on 2 CPU cores python yoso.py
-  --dataset FOLDER --out runs/mine     your pictures at 32 x 32: about an hour on 2 CPU cores torchrun
-  --nproc-per-node 8 yoso.py --dataset cifar10 --out runs/cifar10       the paper's preset, on GPUs python
-  yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png python yoso.py --model assets/mini-sd
-  fine-tunes the mini Stable Diffusion torchrun --nproc-per-node 8 yoso.py --model
-  stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 64 --dataset FOLDER python yoso.py merge --base
-  PIXART_512 --high PIXART_1024 --tuned YOSO_512 --out PIPELINE        Eq. 7
+Differences from the authors' fine-tuning script. The script averages D's logits over the batch before the
+softplus, and the reconstruction error over the whole batch before weighting, so it has E[w] E[error] where
+E[w error] is meant; with both undone, its step is the one here (tests/reference.py). It lets G(x_t, t) fade
+into x_t at the lowest levels, c_skip(1) = 0.0025; here level 0 is the data itself, and t is drawn from 1.
+
+  python yoso.py                                      shapes, 16 x 16: 9 minutes on 2 CPU cores
+  python yoso.py --dataset FOLDER --out runs/mine     your pictures at 32 x 32: an hour on 2 CPU cores
+  torchrun --nproc-per-node 8 yoso.py --dataset cifar10 --out runs/cifar10      the paper's preset, on GPUs
+  python yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png
+  python yoso.py --model assets/mini-sd               fine-tunes the mini Stable Diffusion
+  torchrun --nproc-per-node 8 yoso.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 64 \\
+      --dataset FOLDER --out runs/sd15
+  python yoso.py merge --base PIXART_512 --high PIXART_1024 --tuned YOSO_512 --out PIPELINE     Eq. 7
 """
 
 import argparse
@@ -61,12 +62,13 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError, chunk_for,
-                    draw_many_steps, enable_checkpointing, frozen, load, load_distance, map_cond, squared_distance)
+from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError,
+                    chunk_for, draw_many_steps, enable_checkpointing, frozen, load, load_distance, map_cond,
+                    squared_distance)
 from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
-from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config, run_command,
-                          sample_flags)
+from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
+                          run_command, sample_flags)
 from plumbing.data import generate_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats
 from plumbing.run import Run, choose_device
 from plumbing.shard import shard, whole
@@ -77,73 +79,78 @@ from plumbing.students import dense_copy, export_one_step, export_student, fold_
 
 @dataclass
 class Config(RunFlags):
-    """One field a flag; the text is also its --help."""
-    out: str = flag("runs/yoso", "the run's folder; the same command again resumes what lies there", "run")
+    """Each field is a flag, and its text the --help."""
+    out: str = flag("runs/yoso", "the run's folder; the same command again resumes the run", "run")
 
-    preset: str = flag("shapes", "defaults of the other flags; if not given, the one that --model, --dataset, --rank and "
-                       "--adapt call for", "data")
-    model: str = flag("", "what is fine-tuned: a diffusers pipeline of SD or PixArt; empty: train from scratch", "data")
+    preset: str = flag("shapes", "defaults of the other flags; not given: the preset that fits "
+                       "--model, --dataset, --rank and --adapt", "data")
+    model: str = flag("", "diffusers pipeline to fine-tune (SD, SDXL, PixArt); empty: from scratch", "data")
     lora: str = flag("", "LoRA weights merged into --model first", "data")
-    discriminator: str = flag("", "the pipeline whose UNet gives D and the features; empty: --model; for PixArt: SD 1.5",
-                              "data")
-    dataset: str = flag("shapes", "shapes (drawn by code), cifar10 (downloaded), or a folder of pictures", "data")
-    image_size: int = flag(32, "from scratch: pixels; pictures are resized and centre-cropped", "data", least=1)
+    discriminator: str = flag("", "pipeline whose UNet gives D and the features of the distance latent; "
+                              "empty: --model; for PixArt: SD 1.5", "data")
+    dataset: str = flag("shapes", "shapes (drawn by code), cifar10 (downloaded), folder of pictures", "data")
+    image_size: int = flag(32, "from scratch: pixels; pictures are resized, centre-cropped", "data", least=1)
     flip: bool = flag(True, "mirror the pictures at random, as DDGAN does", "data")
     prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset", "data")
-    generate: int = flag(0, "train on that many pictures that --generator draws first into OUT/data", "data", least=0)
-    generator: str = flag("", "a pipeline of few steps, directory or hub id; YOSO-LoRA: stabilityai/sdxl-turbo", "data")
-    generator_lora: str = flag("", "LoRA weights merged into it; the data flywheel: the first LoRA, on the new base", "data")
-    nfe: int = flag(1, "its network calls a picture", "data", choices=(1, 2, 4))
+    generate: int = flag(0, "train on this many pictures of --generator, put into OUT/data", "data", least=0)
+    generator: str = flag("", "pipeline of few steps, directory or hub id; "
+                          "YOSO-LoRA: stabilityai/sdxl-turbo", "data")
+    generator_lora: str = flag("", "LoRA weights merged into --generator; "
+                               "the data flywheel: the first LoRA, on the new base", "data")
+    nfe: int = flag(1, "network calls of --generator for a picture", "data", choices=(1, 2, 4))
 
-    iterations: int = flag(200_000, "updates of each network; paper: 200k, fine-tuning up to 30k, LoRA 5k", least=1)
+    iterations: int = flag(200_000, "updates of each network; paper: 200k, fine-tuning up to 30k, LoRA 5k",
+                           least=1)
     batch_size: int = flag(256, "global batch, over all processes; paper: 256", least=1)
     lr: float = flag(2e-4, "learning rate of the generator; paper: 2e-4, fine-tuning 2e-5", above=0)
     lr_d: float = flag(2e-4, "learning rate of the discriminator; paper: 2e-4, fine-tuning 2e-5", above=0)
-    lr_decay: float = flag(0.0, "share of the iterations, at the end, in which both rates fall linearly to 0; paper: 0",
-                           least=0, most=1)
-    weight_decay: float = flag(0.0, "AdamW's, of both; the authors' fine-tuning script: 0.01", least=0)
-    clip_norm: float = flag(math.inf, "limit of the generator's gradient norm; the authors' fine-tuning script: 1",
-                            above=0, infinite=True)
-    ema: float = flag(0.9999, "decay of the generator's average, which is what samples; paper: 0.9999, LoRA 0.999",
-                      least=0, below=1)
+    lr_decay: float = flag(0.0, "share of the iterations, at the end, in which both rates fall "
+                           "linearly to 0; paper: 0", least=0, most=1)
+    weight_decay: float = flag(0.0, "of both AdamW; the authors' fine-tuning script: 0.01", least=0)
+    clip_norm: float = flag(math.inf, "limit of the generator's gradient norm; "
+                            "the authors' fine-tuning script: 1", above=0, infinite=True)
+    ema: float = flag(0.9999, "decay of the generator's average, which draws the samples; "
+                      "paper: 0.9999, LoRA 0.999", least=0, below=1)
     rank: int = flag(0, "fine-tune a LoRA of this rank instead of all weights; paper: 64", least=0)
     alpha: int = flag(8, "of the LoRA; the authors' script: 8, peft's default", least=1)
 
     levels: int = flag(4, "from scratch: T, noise levels of DDGAN's schedule; paper: 4", least=1)
-    real_offset: int = flag(1, "k in thousandths of the schedule, one level at least: so much less noisy is the real "
-                            "side; paper: one level, fine-tuning 250", least=1)
-    con_offset: int = flag(1, "m, likewise: so much less noisy is the consistency target; paper: one level, fine-tuning 25",
+    real_offset: int = flag(1, "k, by which the real side is less noisy, in thousandths of the schedule "
+                            "but at least one level; paper: one level, fine-tuning 250", least=1)
+    con_offset: int = flag(1, "m, likewise of the consistency target; paper: one level, fine-tuning 25",
                            least=1)
-    adversary: str = flag("self", "what is real for D: self (YOSO), data (D_adv(p_d || p_t)), ufogen (noisy pictures)",
-                          choices=("self", "data", "ufogen"))
-    rec_distance: str = flag("lpips", "d of the reconstruction term; latent: Eq. 5; paper: lpips, the authors' fine-tuning "
-                             "script l2, to save compute", choices=("lpips", "l2", "latent"))
+    adversary: str = flag("self", "real side of D: self (YOSO), data (D_adv(p_d || p_t)), "
+                          "ufogen (noisy pictures)", choices=("self", "data", "ufogen"))
+    rec_distance: str = flag("lpips", "d of the reconstruction term; latent: Eq. 5; paper: lpips, "
+                             "the authors' fine-tuning script: l2, to save compute",
+                             choices=("lpips", "l2", "latent"))
     con_distance: str = flag("lpips", "d of the consistency term; paper: lpips, fine-tuning latent",
                              choices=("lpips", "l2", "latent"))
-    lambda_rec: float = flag(1.0, "factor on the reconstruction weight min(SNR(t), limit); the authors' fine-tuning "
-                             "script: 0.5", least=0)
-    lambda_con: float = flag(1.0, "factor on the consistency weight min(w(t), limit); 0: the ablation; the authors' "
-                             "fine-tuning script: 2", least=0)
-    con_weight: str = flag("snr", "w(t): snr, 1 / (1/SNR(t) - 1/SNR(t-m)), the paper's; sqrt, of the roots, the authors' "
-                           "fine-tuning script's", choices=("snr", "sqrt"))
-    weight_limit: float = flag(math.inf, "the limit of both weights; the authors' fine-tuning script: 5", above=0,
-                               infinite=True)
+    lambda_rec: float = flag(1.0, "factor on the reconstruction weight min(SNR(t), limit); "
+                             "the authors' fine-tuning script: 0.5", least=0)
+    lambda_con: float = flag(1.0, "factor on the consistency weight min(w(t), limit); 0: the ablation; "
+                             "the authors' fine-tuning script: 2", least=0)
+    con_weight: str = flag("snr", "w(t): snr, the paper's 1 / (1/SNR(t) - 1/SNR(t-m)); sqrt, with the roots "
+                           "of the SNRs, the authors' fine-tuning script's", choices=("snr", "sqrt"))
+    weight_limit: float = flag(math.inf, "limit of both weights; the authors' fine-tuning script: 5",
+                               above=0, infinite=True)
     r1: float = flag(0.0, "gamma of R1, gamma/2 |dD/dreal|^2; paper: none named", least=0)
     r1_every: int = flag(8, "iterations between R1 steps, which then weigh r1_every times as much", least=1)
 
-    channels: tuple = flag((128, 288, 288, 288), "from scratch: generator, by resolution; 288 gives the paper's 48 M "
-                           "parameters (47.3)", least=4)
+    channels: tuple = flag((128, 288, 288, 288), "from scratch: of the generator, by resolution; "
+                           "with 288 it has 47.3 M parameters; paper: 48 M", least=4)
     layers: int = flag(2, "residual blocks a resolution; NCSN++: 2", least=1)
     attention: bool = flag(True, "at the second resolution (16 x 16 of 32) and in the middle, as NCSN++")
     latent_z: int = flag(100, "from scratch: size of DDGAN's latent z, 0: none; DDGAN: 100", least=0)
-    channels_d: tuple = flag((128, 256, 512, 512), "from scratch: discriminator, by resolution; DDGAN: 128 256 512 512",
-                             least=1)
+    channels_d: tuple = flag((128, 256, 512, 512), "from scratch: of the discriminator, by resolution; "
+                             "DDGAN: 128 256 512 512", least=1)
 
     adapt: bool = flag(False, "first adapt --model to v-prediction and zero terminal SNR")
-    adapt_iterations: int = flag(500, "of each of its two stages; 0: the direct switch; paper: about 1,000 together", least=0)
+    adapt_iterations: int = flag(500, "of each of the two stages; 0: the direct switch; "
+                                 "paper: about 1,000 together", least=0)
     adapt_lr: float = flag(2e-5, "learning rate of the adaptation, constant", above=0)
-    adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: at T an epsilon network's error is amplified",
-                              above=0)
+    adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: "
+                              "at T it magnifies the error of an epsilon network", above=0)
     prior_num: int = flag(1000, "pictures from which the informative prior is estimated", least=1)
     teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5", least=0)
 
@@ -155,17 +162,20 @@ SCRATCH = {
     "cifar10": dict(dataset="cifar10"),
     # Measured here on earlier sizes of the shapes, one seed each: lr_d 1e-3 diverged in four of four runs
     # within 1,700 iterations; the weights' factor 1 gave 11 % clean one-step pictures after 2,000 iterations
-    # where 5 gave 39 %. The 20 was chosen by its pictures and not compared with 5 under equal conditions.
+    # where 5 gave 39 %. The 20 was chosen by the pictures, not compared with 5 under equal conditions.
     "shapes": SMALL | dict(
-        image_size=16, iterations=6500, lr=1e-3, lr_d=5e-4, ema=0.998, flip=False, r1=0.02, channels_d=(16, 32, 64, 128)),
+        image_size=16, iterations=6500, lr=1e-3, lr_d=5e-4, ema=0.998, flip=False, r1=0.02,
+        channels_d=(16, 32, 64, 128)),
     # The same recipe for a folder of pictures on a CPU. CIFAR-10, one run each: lr 1e-3, lr_d 5e-4, r1 0.02
     # and the smaller discriminator jumped to L_D 3.1 at iteration 300 and stayed at textures; these rates did
     # not, and gave scenes.
-    "small": SMALL | dict(iterations=8000, lr=5e-4, lr_d=2e-4, ema=0.999, r1=0.05, channels_d=(32, 64, 128, 128)),
+    "small": SMALL | dict(
+        iterations=8000, lr=5e-4, lr_d=2e-4, ema=0.999, r1=0.05, channels_d=(32, 64, 128, 128)),
 }
 FULL = dict(
-    out="runs/yoso_t2i", dataset="", flip=False, iterations=30_000, lr=2e-5, lr_d=2e-5, weight_decay=0.01, clip_norm=1.0,
-    real_offset=250, con_offset=25, latent_z=0, rec_distance="l2", con_distance="latent", lambda_rec=0.5, lambda_con=2.0, con_weight="sqrt", weight_limit=5.0)
+    out="runs/yoso_t2i", dataset="", flip=False, iterations=30_000, lr=2e-5, lr_d=2e-5, weight_decay=0.01,
+    clip_norm=1.0, real_offset=250, con_offset=25, latent_z=0, rec_distance="l2", con_distance="latent",
+    lambda_rec=0.5, lambda_con=2.0, con_weight="sqrt", weight_limit=5.0)
 MINI = FULL | dict(
     model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, save_every=250,
     adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
@@ -173,7 +183,7 @@ FINE_TUNE = {
     "full": FULL,
     "lora": FULL | dict(rank=64, ema=0.999, iterations=5000),
     "pixart": FULL | dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
-    # Of assets/mini-sd, measured here: README, results.
+    # For assets/mini-sd; measured here, see the results in the README.
     "mini": MINI | dict(lr=2e-4, lr_d=2e-4, lambda_con=0.5),
     "mini-epsilon": MINI | dict(lr=5e-5, lr_d=5e-5),
     "mini-lora": MINI | dict(rank=64, alpha=64, lr=5e-4, lr_d=2e-4, lambda_con=0.5, iterations=1300),
@@ -207,41 +217,39 @@ def adversarial_loss(fake_logits):
 
 
 def r1_penalty(real_logits, real):
-    """Mean over the batch of |d D(real) / d real|^2 (Mescheder et al., 2018); real [B, C, H, W] requires
-    grad.
-    """
+    """R1 (Mescheder et al., 2018): mean over B of |d D(real) / d real|^2; real [B, C, H, W] requires grad."""
     with torch.autocast(real.device.type, enabled=False):
         gradient, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
 
 def reconstruction_weight(snr_t):
-    """lambda_t = SNR(t), [B]: with a squared distance it makes the term a plain error in epsilon (section
-    4.2).
-    """
+    """lambda_t = SNR(t), [B], which makes a squared error in x0 one in epsilon (section 4.2)."""
     return snr_t
 
 
 def consistency_weight(snr_t, snr_r):
-    """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1). At r = 0, SNR(r) is infinite and the
-    weight SNR(t).
+    """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1).
+
+    At r = 0, SNR(r) is infinite and the weight is SNR(t).
     """
     return 1 / (1 / snr_t - 1 / snr_r)
 
 
 def sqrt_consistency_weight(snr_t, snr_r):
-    """1 / (SNR(t)^-1/2 - SNR(r)^-1/2), [B], the weight of the authors' fine-tuning script; infinite at t = r,
-    0 where SNR(t) = 0.
+    """1 / (SNR(t)^-1/2 - SNR(r)^-1/2), [B], the weight of the authors' fine-tuning script.
+
+    Infinite at t = r, 0 where SNR(t) = 0.
     """
     return 1 / (snr_t**-0.5 - snr_r**-0.5)
 
 
 def generator_loss(fake_logits, d_rec, d_con, lambda_rec, lambda_con):
-    """L_G, Eq. 4's and 6's minimisation over theta: lambda_t d(fake, x0) + lambda_con d(fake, sg[target]) +
-    softplus(-D(fake)).
+    """L_G, the minimisation over theta in Eq. 4 and 6: the loss and its three parts by name.
 
-    All [B]: fake_logits = D(fake), d_rec = d(fake, x0), d_con = d(fake, target), each with its graph to fake
-    alone, and the weights. d_con None: without consistency. Returns the sum and its three parts.
+    L_G = mean of lambda_rec d(fake, x0) + lambda_con d(fake, sg[target]) + softplus(-D(fake)). The arguments
+    are [B]: fake_logits = D(fake), d_rec = d(fake, x0), d_con = d(fake, target), and the weights. Gradients
+    go to fake alone. With d_con None there is no consistency term.
     """
     L_rec = (lambda_rec * d_rec).mean()
     L_con = torch.zeros_like(L_rec) if d_con is None else (lambda_con * d_con).mean()
@@ -250,7 +258,7 @@ def generator_loss(fake_logits, d_rec, d_con, lambda_rec, lambda_con):
 
 
 def weights_of(config, schedule, t, t_con):
-    """The weights of reconstruction and consistency with their factors and their limit, [B] each."""
+    """The weights of reconstruction and consistency, limited and times their factors, [B] each."""
     snr_t, snr_con = schedule.snr(t), schedule.snr(t_con)
     weight = sqrt_consistency_weight if config.con_weight == "sqrt" else consistency_weight
     return (config.lambda_rec * reconstruction_weight(snr_t).clamp(max=config.weight_limit),
@@ -258,12 +266,12 @@ def weights_of(config, schedule, t, t_con):
 
 
 def adversarial_pair(adversary, schedule, p, fake):
-    """What D compares, and the level it is told: (real, fake, level), of a part p of train_step.
+    """(real, fake, level): the two sides that D compares, and the level that D is told.
 
-    "self": YOSO, Eq. 3: G's less noisy prediction is real, and D is told the fake's level t. "data":
-    D_adv(p_d || p_t), Eq. 2. "ufogen": UFOGen's critic in the noisy space at t - k, where the data have p's
-    eps and the prediction is noised afresh (Xu et al., 2023; reconstruction and consistency stay on clean
-    pictures).
+    p: a part of train_step. adversary "self": YOSO, Eq. 3: G's less noisy prediction is real, and D is
+    told the fake's level t. "data": D_adv(p_d || p_t), Eq. 2. "ufogen": UFOGen's critic (Xu et al., 2023) in
+    the noisy space at t - k, where the data have p's eps and the prediction is noised afresh; reconstruction
+    and consistency stay on clean pictures.
     """
     match adversary:
         case "self":
@@ -271,39 +279,40 @@ def adversarial_pair(adversary, schedule, p, fake):
         case "data":
             return p.x0, fake, p.t
         case "ufogen":
-            return schedule.add_noise(p.x0, p.eps, p.t_real), schedule.add_noise(fake, p.noise, p.t_real), p.t_real
+            noisy_real = schedule.add_noise(p.x0, p.eps, p.t_real)
+            noisy_fake = schedule.add_noise(fake, p.noise, p.t_real)
+            return noisy_real, noisy_fake, p.t_real
 
 
 def adaptation_target(eps, x0, schedule, t):
-    """The velocity alpha_t eps - sigma_t x0 on the student's schedule, for the teacher's eps and x0 [B, C, H,
-    W], t [B].
+    """The velocity alpha_t eps - sigma_t x0 on the student's schedule, of the teacher's eps and x0.
 
-    Stage I of section 5.2: the student's schedule is the teacher's, and this is the teacher's own v. Stage
-    II: the rescaled one; with the teacher's coefficients instead, as printed, a perfect student's x0 would
-    keep a share of the noise.
+    eps, x0 [B, C, H, W], t [B]. In stage I of section 5.2 the student's schedule is the teacher's, and this
+    is the teacher's own v. In stage II the student's schedule is the rescaled one: with the teacher's
+    coefficients, as printed, a perfect student's x0 would keep a share of the noise.
     """
     alpha, sigma = schedule.alpha[t].view(-1, 1, 1, 1), schedule.sigma[t].view(-1, 1, 1, 1)
     return alpha * eps - sigma * x0
 
 
 def adaptation_loss(v, target):
-    """Mean squared error of v, weight 1: SNR as the weight would vanish at T, where a one-step model lives;
-    [B, C, H, W] twice.
+    """Mean squared error of v; [B, C, H, W] twice.
+
+    The weight is 1, for SNR as the weight would vanish at T, from where a one-step model draws.
     """
     return (v - target).square().mean()
 
 
 def add_differences(base, high, tuned, alpha, beta):
-    """Eq. 7, key by key: base + alpha (high - base) + beta (tuned - base); 1, 1 carries one-step weights to a
-    higher resolution.
+    """Eq. 7 on state dicts, key by key: base + alpha (high - base) + beta (tuned - base).
 
-    State dicts. What belongs to the resolution alone, missing from one of the others or of another shape
-    there, is high's.
+    alpha = beta = 1 carries one-step weights to a higher resolution. Weights that belong to the resolution
+    alone, missing from base or tuned or of another shape there, are high's.
     """
     shared = {key for key, value in high.items()
               if all(key in other and other[key].shape == value.shape for other in (base, tuned))}
-    return {key: torch.lerp(base[key], value, alpha) + beta * (tuned[key] - base[key]) if key in shared else value
-            for key, value in high.items()}
+    merged = {k: torch.lerp(base[k], high[k], alpha) + beta * (tuned[k] - base[k]) for k in shared}
+    return {**high, **merged}
 
 
 # Networks
@@ -319,20 +328,18 @@ def ddgan_betas(levels=4, beta_min=0.1, beta_max=20.0, eps=1e-3):
 
 
 def scratch_scheduler(levels):
-    """DDGAN's levels as an LCMScheduler: timestep k is level k, timestep 0 clean data; the network predicts
-    x0.
+    """DDGAN's levels as an LCMScheduler for a network that predicts x0: timestep k is level k, 0 clean data.
 
-    It samples as `draw_pictures` does: timestep_scaling switches off LCM's fade into x_t at every level above
-    0.
+    The scheduler samples as `draw_pictures` does: timestep_scaling switches off LCM's fade into x_t at every
+    level above 0.
     """
-    return LCMScheduler(num_train_timesteps=levels + 1, trained_betas=ddgan_betas(levels), prediction_type="sample",
-                        original_inference_steps=levels + 1, timestep_scaling=1e4, clip_sample=True)
+    return LCMScheduler(
+        num_train_timesteps=levels + 1, trained_betas=ddgan_betas(levels), prediction_type="sample",
+        original_inference_steps=levels + 1, timestep_scaling=1e4, clip_sample=True)
 
 
 class Mapping(nn.Module):
-    """DDGAN's mapping network z -> style [B, width]: four layers of width 256, then to the width of the time
-    embedding.
-    """
+    """DDGAN's mapping network, z -> style [B, width]: four layers of 256, then one of the width asked for."""
 
     def __init__(self, latent_z, width):
         super().__init__()
@@ -346,9 +353,7 @@ class Mapping(nn.Module):
 
 
 def scratch_generator(config):
-    """G(x_t, t, z) -> x0: a UNet2DModel whose class embedding is the mapping network of z, so that z is its
-    condition.
-    """
+    """G(x_t, t, z) -> x0: a UNet2DModel conditioned on z, its class embedding being the mapping network."""
     down, up = ["DownBlock2D"] * len(config.channels), ["UpBlock2D"] * len(config.channels)
     if config.attention:
         down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
@@ -357,16 +362,15 @@ def scratch_generator(config):
     unet = UNet2DModel(
         sample_size=config.image_size, block_out_channels=config.channels, layers_per_block=config.layers,
         down_block_types=down, up_block_types=up, add_attention=config.attention, norm_num_groups=groups,
-        class_embed_type="identity" if has_z else None, resnet_time_scale_shift="scale_shift" if has_z else "default")
+        class_embed_type="identity" if has_z else None,
+        resnet_time_scale_shift="scale_shift" if has_z else "default")
     if has_z:
         unet.class_embedding = Mapping(config.latent_z, 4 * config.channels[0])
     return unet
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions with the time embedding between them, halving the resolution if `down`, and a
-    skip.
-    """
+    """Two 3x3 convolutions with the time embedding between them, and a skip; `down` halves the resolution."""
 
     def __init__(self, c_in, c_out, c_time, down):
         super().__init__()
@@ -382,11 +386,11 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x, t) -> logits [B], time-conditional and residual like DDGAN's: x [B, 3, H, W] clean (noisy for
-    UFOGen), t [B].
+    """D(x, t) -> logits [B], time-conditional and residual like DDGAN's.
 
-    Groups of four neighbours in the batch share a standard deviation as one more feature, so the batch is a
-    multiple of 4. The last layer starts at zero: logits 0, L_D = 2 ln 2.
+    x [B, 3, H, W] is clean (noisy for UFOGen), t [B]. Groups of four neighbours in the batch share a standard
+    deviation as one more feature, so the batch is a multiple of 4. The last layer starts at zero: logits 0,
+    L_D = 2 ln 2.
     """
 
     GROUP = 4
@@ -402,8 +406,8 @@ class Discriminator(nn.Module):
                                     for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
         self.final, self.end = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1), nn.Linear(widths[-1], 1)
         for module in self.modules():
-            # torch's default initialisation shrinks the signal in every layer: L_D 1.38 after 1,000
-            # iterations against 1.15.
+            # torch's default initialisation shrinks the signal in every layer: after 1,000 iterations L_D
+            # was 1.38 with it, 1.15 with this.
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, a=0.2)
         nn.init.zeros_(self.end.weight), nn.init.zeros_(self.end.bias)
@@ -420,16 +424,16 @@ class Discriminator(nn.Module):
 
 
 class LatentDiscriminator(nn.Module):
-    """D(x, t, c) -> logits [B] on latents: half of a pretrained UNet, all of it trainable, then attention
-    pooling and a head.
+    """D(x, t, c) -> logits [B] on latents: half of a pretrained UNet, attention pooling and a head.
 
-    The pooling is CLIP's attention: query = mean token, keys = values = all tokens. The last layer starts at
-    zero: logits 0, L_D = 2 ln 2.
+    All of it is trainable. The pooling is CLIP's attention: query = mean token, keys = values = all tokens.
+    The last layer starts at zero: logits 0, L_D = 2 ln 2.
     """
 
     def __init__(self, unet, size, width=512):
         super().__init__()
-        channels, places = unet.config.block_out_channels[-1], (size // 2**(len(unet.config.block_out_channels) - 1))**2
+        widths = unet.config.block_out_channels
+        channels, places = widths[-1], (size // 2**(len(widths) - 1))**2
         self.features = HalfUNet(unet).requires_grad_(True)
         self.norm = nn.GroupNorm(math.gcd(32, channels), channels)
         self.position = nn.Parameter(torch.randn(1 + places, channels) / channels**0.5)
@@ -449,25 +453,22 @@ class LatentDiscriminator(nn.Module):
 
 @dataclass
 class Models:
-    """Who takes part in a step. `generator` and `discriminator` run their current weights; the average only
-    samples.
-    """
-    generator: Denoiser       # G: all weights, or the LoRA "student" on frozen ones; trained by optimizer_g, averaged by ema
+    """The cast of a step. G and D run their current weights; the average only samples."""
+    generator: Denoiser       # G: all weights or the LoRA "student"; trained by optimizer_g, averaged by ema
     discriminator: nn.Module  # D(x, t, cond) -> logits: trained by optimizer_d, frozen while G is updated
-    codec: Codec              # frozen: pictures <-> x0, captions -> G's condition; from scratch x0 is the picture
-    codec_d: Codec            # frozen: captions -> D's and h's condition; the codec itself unless --discriminator names one
+    codec: Codec              # frozen: pictures <-> x0 (from scratch the same), captions -> G's condition
+    codec_d: Codec            # frozen: captions -> D's and h's condition; is codec without --discriminator
     half: HalfUNet | None     # h of Eq. 5: frozen, the pretrained weights; None from scratch
-    distances: dict           # name -> (features(x, cond), distance of two features -> [B]), frozen
+    distances: dict           # frozen: name -> (features(x, cond), distance of two features -> [B])
     optimizer_g: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
     ema: EMA                  # of G's trained weights
 
 
 def load_networks(config, run):
-    """(start, codec, discriminator, half, codec_d): what G starts from, frozen, and the rest of the cast as
-    in Models.
+    """(start, codec, discriminator, half, codec_d): start is the frozen Denoiser from which G starts.
 
-    Raises UserError if the flags do not fit the pipelines.
+    The others are as in Models. Raises UserError if the flags do not fit the pipelines.
     """
     if not config.model:
         pipe = DDPMPipeline(scratch_generator(config).to(run.device), scratch_scheduler(config.levels))
@@ -483,30 +484,30 @@ def load_networks(config, run):
         raise UserError(f"--adapt: {config.model} has zero terminal SNR already; leave the flag out")
     other, codec_d = load(config.discriminator, run.device) if config.discriminator else (start, codec)
     if not isinstance(other.net, UNet2DConditionModel):
-        raise UserError(f"--discriminator: {config.discriminator or config.model} has no UNet to make one from; "
-                        "give SD 1.5, which has the same latents")
+        raise UserError(f"--discriminator: {config.discriminator or config.model} has no UNet to make one "
+                        "from; give SD 1.5, which has the same latents")
     latents = [(c.shape[0], c.vae.config.scaling_factor) for c in (codec_d, codec)]
     if latents[0] != latents[1]:
-        raise UserError(f"--discriminator {config.discriminator}: its latents have {latents[0][0]} channels and the scale "
-                        f"{latents[0][1]}, --model's {latents[1][0]} and {latents[1][1]}; give two of the same VAE")
+        (channels_d, scale_d), (channels, scale) = latents
+        raise UserError(f"--discriminator {config.discriminator}: its latents have {channels_d} channels and "
+                        f"the scale {scale_d}, --model's {channels} and {scale}; give two of the same VAE")
     # The frozen half shares the weights of a network that stays frozen too.
-    half = HalfUNet(other.net, share=bool(config.rank or config.adapt or config.discriminator) and not config.shard)
+    stays_frozen = bool(config.rank or config.adapt or config.discriminator)
+    half = HalfUNet(other.net, share=stays_frozen and not config.shard)
     discriminator = LatentDiscriminator(other.net, codec.shape[-1]).to(run.device)
-    if other is not start:  # it is not called again
+    if other is not start:  # `other` is not called again
         (other.net if config.shard else other.net.up_blocks).to("meta")
     shard(config, start.net, half, discriminator)
     return start, codec, discriminator, half, codec_d
 
 
 def ends_in_noise(denoiser):
-    """Whether the last level of its schedule is pure noise (zero terminal SNR)."""
+    """Whether the last level of the denoiser's schedule is pure noise (zero terminal SNR)."""
     return denoiser.schedule.alpha[-1].item() < 1e-3
 
 
 def build(config, run, networks=None):
-    """The cast of a run; networks: what load_networks gave, its start perhaps adapted, else they are loaded
-    here.
-    """
+    """The cast of a run; networks: those of load_networks, start perhaps adapted; None: loads them here."""
     start, codec, discriminator, half, codec_d = networks or load_networks(config, run)
     if config.rank:
         generator = start.with_lora("student", config.rank, config.alpha)
@@ -523,7 +524,8 @@ def build(config, run, networks=None):
                 network.compile()
     distances = dict(l2=(lambda x, cond: x, squared_distance))
     if half:
-        distances["latent"] = lambda x, cond: half(x, x.new_zeros(len(x), dtype=torch.long), cond).float(), squared_distance
+        level_0 = lambda x: x.new_zeros(len(x), dtype=torch.long)
+        distances["latent"] = lambda x, cond: half(x, level_0(x), cond).float(), squared_distance
     if "lpips" in (config.rec_distance, config.con_distance):
         features, distance = load_distance("lpips", run.device)
         distances["lpips"] = lambda x, cond: features(x), distance
@@ -538,22 +540,21 @@ def build(config, run, networks=None):
 # Updates
 
 def predict_x0(generator, p, level):
-    """G(x_level, level) from the part's data and noise; at level 0 the data x0 itself, for p^(0) is the data
-    in Eq. 3.
-    """
+    """G(x_level, level) of a part's data and noise; at level 0 the data x0 itself, as p^(0) in Eq. 3."""
     x_level = generator.schedule.add_noise(p.x0, p.eps, level)
-    return torch.where((level > 0).view(-1, 1, 1, 1), generator.predict(x_level, level, "sample", p.cond), p.x0)
+    prediction = generator.predict(x_level, level, "sample", p.cond)
+    return torch.where((level > 0).view(-1, 1, 1, 1), prediction, p.x0)
 
 
 def condition(codec, captions, draw, latent_z):
-    """What G is told beside x_t and t: the captions' embedding; from scratch a fresh latent z, or nothing."""
+    """G's input beside x_t and t: the captions' embedding; from scratch a fresh latent z, or nothing."""
     return dict(class_labels=draw.randn(latent_z)) if latent_z else codec.cond(captions)
 
 
 def distances_of(fake, p, config, distances):
-    """(d(fake, x0), d(fake, target)), [B] each, None where the target has no weight; the gradient goes to fake alone.
+    """d(fake, x0) and d(fake, target), [B] each; the second is None where lambda_con is 0.
 
-    Features of fake are computed once, though both terms may compare them.
+    The gradient goes to fake alone, whose features are computed once even if both terms compare them.
     """
     pairs = [(config.rec_distance, p.x0)] + [(config.con_distance, p.target)] * (config.lambda_con > 0)
     of_fake = {name: distances[name][0](fake, p.cond_d) for name in dict(pairs)}
@@ -567,10 +568,10 @@ def distances_of(fake, p, config, distances):
 
 
 def train_step(iteration, pictures, captions, config, run, models):
-    """Algorithm 1 on this rank's pictures [B, 3, H, W] in [-1, 1] and captions [B]; returns the scalars to log."""
+    """Algorithm 1 on this rank's pictures [B, 3, H, W] in [-1, 1], captions [B]; returns scalars to log."""
     G, D, codec, draw = models.generator, models.discriminator, models.codec, run.draws(iteration)
-    T = len(G.schedule) - 1
-    k, m = (max(1, round(offset * (T + 1) / 1000)) for offset in (config.real_offset, config.con_offset))
+    T, offsets = len(G.schedule) - 1, (config.real_offset, config.con_offset)
+    k, m = (max(1, round(offset * (T + 1) / 1000)) for offset in offsets)
 
     # 1. One t and one eps a sample, which its three levels share.
     t, eps, noise = draw.randint(1, T + 1), draw.randn(*codec.shape), draw.randn(*codec.shape)
@@ -578,10 +579,10 @@ def train_step(iteration, pictures, captions, config, run, models):
         pictures = torch.where(draw.randint(0, 2).bool().view(-1, 1, 1, 1), pictures.flip(3), pictures)
     cond = condition(codec, captions, draw, config.latent_z)
     cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)
-    with torch.no_grad():  # the posterior's mean: D would take its noise for a mark of the data
+    with torch.no_grad():  # the VAE's mean: D would take its noise for a mark of the data
         x0 = torch.cat([codec.encode(pictures[rows]) for rows in run.micro_batches])
-    parts = run.split(x0=x0, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps, noise=noise,
-                      cond=cond, cond_d=cond_d)
+    parts = run.split(x0=x0, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps,
+                      noise=noise, cond=cond, cond_d=cond_d)
 
     # 2, 3. One forward of G(x_t, t) serves both updates. With several micro-batches that would keep all their
     # graphs: there the generator's update repeats the forward.
@@ -594,7 +595,7 @@ def train_step(iteration, pictures, captions, config, run, models):
             shared = k == m and config.adversary == "self"
             p.target = p.real if shared or not config.lambda_con else predict_x0(G, p, p.t_con)
 
-    def loss_D(p):  # 4. Both sides are detached; D is told the fake's t. R1 asks for the gradient at the real side.
+    def loss_D(p):  # 4. Both sides are detached; D is told the fake's t; R1 needs the gradient at `real`.
         real, fake, level = adversarial_pair(config.adversary, G.schedule, p, p.fake.detach())
         real, twice = real.detach().requires_grad_(with_r1), map_cond(lambda v: torch.cat([v, v]), p.cond_d)
         logits = D(torch.cat([real, fake]), torch.cat([level, level]), twice).float()
@@ -606,8 +607,9 @@ def train_step(iteration, pictures, captions, config, run, models):
     def loss_G(p):  # 5. The gradient reaches theta through `fake` alone, in all three terms.
         fake = p.fake if keep_graph else predict_x0(G, p, p.t)
         _, seen, level = adversarial_pair(config.adversary, G.schedule, p, fake)
-        return generator_loss(D(seen, level, p.cond_d).float(), *distances_of(fake, p, config, models.distances),
-                              *weights_of(config, G.schedule, p.t, p.t_con))
+        logits = D(seen, level, p.cond_d).float()
+        distances = distances_of(fake, p, config, models.distances)
+        return generator_loss(logits, *distances, *weights_of(config, G.schedule, p.t, p.t_con))
 
     with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
     scalars = run.descend(models.optimizer_d, parts, loss_D)
@@ -619,16 +621,17 @@ def train_step(iteration, pictures, captions, config, run, models):
 
 @dataclass
 class Adaptation:
-    """Who takes part in a step of the adaptation."""
+    """The cast of a step of the adaptation."""
     teacher: Denoiser  # frozen: the network as it was, on its own schedule
-    student: Denoiser  # predicts v: all weights trained by optimizer, no average; stage II: on the rescaled schedule
+    student: Denoiser  # predicts v, in stage II on the rescaled schedule; all weights trained by optimizer
     codec: Codec       # frozen
     optimizer: torch.optim.Optimizer
 
 
 def adapt_step(iteration, pictures, captions, config, run, models):
-    """One regression step of section 5.2: the student's v, on its schedule, onto the teacher's prediction on
-    the teacher's.
+    """One regression step of section 5.2, of the student's v onto the teacher's prediction.
+
+    Each of the two runs on its own schedule.
     """
     teacher, student, codec, draw = models.teacher, models.student, models.codec, run.draws(iteration)
     t, eps = draw.randint(0, len(teacher.schedule)), draw.randn(*codec.shape)
@@ -654,9 +657,7 @@ def adapt_step(iteration, pictures, captions, config, run, models):
 
 @dataclass
 class Sampler:
-    """What draws pictures: G with the weights that it has now, its codec, the start and the latent that it
-    needs.
-    """
+    """The parts that draw pictures: G with its current weights, and the codec, prior and latent it needs."""
     generator: Denoiser
     codec: Codec
     prior: InformativePrior | None = None
@@ -664,9 +665,7 @@ class Sampler:
 
 
 def sampling_levels(T, nfe):
-    """nfe levels, falling from T (4 levels: 4; 4 2; 4 3 2 1), as LCMScheduler spaces the exported pipeline's
-    timesteps.
-    """
+    """nfe levels, falling from T (for T = 4: 4; 4 2; 4 3 2 1), spaced like LCMScheduler's timesteps."""
     if not 1 <= nfe <= T:
         raise UserError(f"--nfe {nfe}: this run has {T} levels, so 1 to {T} network calls")
     return [T - i * (T + 1) // nfe for i in range(nfe)]
@@ -676,21 +675,21 @@ def sampling_levels(T, nfe):
 def sample(generator, levels, x_T, noise, cond, limit=math.inf):
     """x_T [B, C, H, W] -> x0, one network call a level of `levels` (falling, from T).
 
-    noise: one [B, C, H, W] for each level after the first: x_l = alpha_l x0 + sigma_l noise. limit: x0 is
-    clamped to +- this, pictures to 1; latents to none.
+    noise: one [B, C, H, W] for each level after the first: x_l = alpha_l x0 + sigma_l noise. x0 is clamped to
+    +- limit, which is 1 for pictures and infinite for latents.
     """
     x_t, t = x_T, torch.full((len(x_T),), levels[0], device=x_T.device)
     x0 = generator.predict(x_t, t, "sample", cond).clamp(-limit, limit)
     for level, fresh in zip(levels[1:], noise):
-        x_t, t = generator.schedule.add_noise(x0, fresh, torch.full_like(t, level)), torch.full_like(t, level)
+        t = torch.full_like(t, level)
+        x_t = generator.schedule.add_noise(x0, fresh, t)
         x0 = generator.predict(x_t, t, "sample", cond).clamp(-limit, limit)
     return x0
 
 
 @torch.no_grad()
 def draw_pictures(sampler, captions, nfe, seed, first=0):
-    """Yields one picture a caption, in [-1, 1], in chunks, on the CPU; the same for the same seed, on every
-    device.
+    """Yields chunks of pictures in [-1, 1], one a caption, on the CPU; one seed draws the same everywhere.
 
     first: the number of the first picture, which decides its noise.
     """
@@ -708,18 +707,18 @@ def draw_pictures(sampler, captions, nfe, seed, first=0):
 
 
 def load_sampler(folder, device="cpu", prior=True):
-    """A run's averaged generator as (Sampler, config): from scratch its last checkpoint's, else its finished
-    pipeline's.
+    """A run's averaged generator, as (Sampler, config).
 
-    prior: whether to start from the informative prior, where there is one. Raises UserError if there is
-    nothing yet.
+    From scratch it is read from the last checkpoint, of a fine-tuning from the finished pipeline. prior:
+    whether to start from the informative prior, if the run has one. Raises UserError if there is nothing yet.
     """
     config = read_config(Config, Path(folder) / "config.json")
     if config.model:
         pipeline = Path(folder) / "pipeline"
         if not pipeline.exists():
             raise UserError(f"--run {folder}: not finished; see its samples/ while it runs")
-        return Sampler(*load(pipeline, device), InformativePrior.read(pipeline, device) if prior else None), config
+        start = InformativePrior.read(pipeline, device) if prior else None
+        return Sampler(*load(pipeline, device), start), config
     saved = read_checkpoint(Path(folder) / "checkpoint")
     pipe = DDPMPipeline(scratch_generator(config).to(device).eval(), scratch_scheduler(config.levels))
     pipe.unet.load_state_dict(saved["state"]["ema"])
@@ -736,32 +735,38 @@ def check(config):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: {remedy}")
 
     if config.model:
-        refuse(config.preset in SCRATCH, "preset", f"trains from scratch; with --model choose one of {', '.join(FINE_TUNE)}")
+        presets = ", ".join(FINE_TUNE)
+        refuse(config.preset in SCRATCH, "preset", f"trains from scratch; --model takes one of {presets}")
         refuse(config.latent_z, "latent_z", "is for a run from scratch; with --model give 0")
         for name in ("rec_distance", "con_distance"):
-            refuse(getattr(config, name) == "lpips", name, "compares pictures; with --model choose latent or l2")
+            refuse(getattr(config, name) == "lpips", name, "compares pictures; --model takes latent or l2")
         refuse(config.flip and config.cache_latents, "flip", "cannot mirror cached latents; give --no-flip")
-        refuse(config.generate and not config.generator, "generate", "needs a --generator that draws the pictures")
+        without = config.generate and not config.generator
+        refuse(without, "generate", "needs a --generator that draws the pictures")
         for name in ("generator", "generator_lora", "prompts"):
-            refuse(getattr(config, name) and not config.generate, name, "only draws pictures with --generate NUMBER")
+            alone = getattr(config, name) and not config.generate
+            refuse(alone, name, "only draws pictures with --generate NUMBER")
         if not (config.dataset or config.generate and config.prompts):
-            raise UserError("--dataset: give a folder of captioned pictures, or have them drawn by --generate, --generator "
-                            "and --prompts")
+            raise UserError("--dataset: give a folder of captioned pictures, or have them drawn by "
+                            "--generate, --generator and --prompts")
         return
-    refuse(config.preset in FINE_TUNE, "preset", "needs --model PIPELINE, which it fine-tunes")
-    for name in ("rank", "lora", "adapt", "discriminator", "generate", "generator", "generator_lora", "prompts"):
-        refuse(getattr(config, name), name, "needs --model PIPELINE, which it fine-tunes")
+    refuse(config.preset in FINE_TUNE, "preset", "needs --model PIPELINE to fine-tune")
+    drawn = ("generate", "generator", "generator_lora", "prompts")
+    for name in ("rank", "lora", "adapt", "discriminator", *drawn):
+        refuse(getattr(config, name), name, "needs --model PIPELINE to fine-tune")
     for name in ("rec_distance", "con_distance"):
-        refuse(getattr(config, name) == "latent", name, "compares latents of --model; from scratch choose lpips or l2")
+        latent = getattr(config, name) == "latent"
+        refuse(latent, name, "compares latents of --model; from scratch choose lpips or l2")
     halvings = max(len(config.channels), len(config.channels_d)) - 1
     refuse(config.image_size % 2**halvings, "image_size", f"must be a multiple of {2**halvings}")
-    refuse(config.attention and len(config.channels) < 2, "attention", "must be off where --channels has one resolution")
+    flat = len(config.channels) < 2
+    refuse(config.attention and flat, "attention", "must be off where --channels has one resolution")
 
 
 def generated_data(config, device):
-    """The folder OUT/data of --generate pictures that --generator draws, each with its prompt as its caption."""
+    """The folder OUT/data of --generate pictures by --generator, each with its prompt as caption."""
     def load_artist():
-        """(prompts, draw) of what draws: draw(prompts, number of the first) -> their pictures."""
+        """(prompts, draw, chunk): draw(at most chunk prompts, number of the first) -> their pictures."""
         prior = InformativePrior.read(config.generator, device)
         sampler = Sampler(*load(config.generator, device, config.generator_lora), prior)
         draw = lambda y, first: torch.cat(list(draw_pictures(sampler, y, config.nfe, config.seed, first)))
@@ -769,8 +774,9 @@ def generated_data(config, device):
 
     folders = [Path(folder) / "data" for folder in (config.out, config.resume) if folder]
     folder = next((folder for folder in folders if folder.exists()), folders[0])
-    made_by = ("generator", "generator_lora", "nfe", "prompts", "dataset", "seed")
-    return generate_folder(folder, config.generate, {name: getattr(config, name) for name in made_by}, load_artist)
+    names = ("generator", "generator_lora", "nfe", "prompts", "dataset", "seed")
+    made_by = {name: getattr(config, name) for name in names}
+    return generate_folder(folder, config.generate, made_by, load_artist)
 
 
 @torch.no_grad()
@@ -789,25 +795,27 @@ def estimate_prior(run, config, codec, dataset):
 
 
 def original_pictures(run, config, teacher, codec, captions):
-    """What is fine-tuned, as it was: pictures of 1 and of 25 DDIM steps, [2 N, 3, H, W]; kept in OUT for a
-    resumed run.
+    """Pictures of the model before its fine-tuning, in 1 and in 25 DDIM steps: [2 N, 3, H, W].
+
+    They are kept in OUT for a resumed run.
     """
     path = Path(config.out) / "original.safetensors"
     if not run.start or not path.exists():
-        pictures = [draw_many_steps(teacher, codec, captions, steps, config.teacher_guidance) for steps in (1, 25)]
+        guidance = config.teacher_guidance
+        pictures = [draw_many_steps(teacher, codec, captions, steps, guidance) for steps in (1, 25)]
         if run.rank == 0:
             save_file(dict(pictures=torch.cat(pictures).contiguous()), path)
     return load_file(path)["pictures"] if run.rank == 0 else None
 
 
-# What the adaptation depends on.
-ADAPTED_BY = {"model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed", "batch_size",
-              "precision", "weight_decay", "clip_norm", "adapt_iterations", "adapt_lr", "adapt_clamp"}
+# The flags on which the adaptation depends.
+ADAPTED_BY = {"model", "lora", "dataset", "prompts", "generate", "generator", "generator_lora", "nfe", "seed",
+              "batch_size", "precision", "weight_decay", "clip_norm", "adapt_iterations", "adapt_lr",
+              "adapt_clamp"}
 
 
 def adapt(config, teacher, codec, dataset):
-    """Section 5.2: the teacher as a v-predicting Denoiser with zero terminal SNR, by two regressions; the
-    teacher stays.
+    """Section 5.2: a copy of the teacher that predicts v with zero terminal SNR, by two regressions.
 
     Stage I keeps the schedule (skipped where the teacher predicts v already), stage II rescales it. The
     result is exported to OUT/adapt-2/pipeline, on which a LoRA trained afterwards belongs.
@@ -822,12 +830,13 @@ def adapt(config, teacher, codec, dataset):
         if config.adapt_iterations:
             resume = f"{config.resume}/{stage}"
             resume = resume if config.resume and Path(resume, "checkpoint").exists() else ""
-            run = Run(replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=config.adapt_iterations),
-                      bound=ADAPTED_BY)
+            out, iterations = f"{config.out}/{stage}", config.adapt_iterations
+            run = Run(replace(config, out=out, resume=resume, iterations=iterations), bound=ADAPTED_BY)
             net.requires_grad_(True)
             if config.gradient_checkpointing:
                 enable_checkpointing(net)
-            optimizer = torch.optim.AdamW(net.parameters(), config.adapt_lr, weight_decay=config.weight_decay, fused=True)
+            optimizer = torch.optim.AdamW(
+                net.parameters(), config.adapt_lr, weight_decay=config.weight_decay, fused=True)
             models = Adaptation(teacher, student, codec, optimizer)
             run.begin(dict(student=net, optimizer=optimizer))
             for iteration, (pictures, captions) in enumerate(run.batches(dataset), run.start):
@@ -839,49 +848,51 @@ def adapt(config, teacher, codec, dataset):
     net.requires_grad_(False)
     state = fold_lora(net, None)
     if int(os.environ.get("RANK", 0)) == 0:
-        export_one_step(codec, dense_copy(net, state, "cpu"), "v_prediction", Path(config.out) / "adapt-2" / "pipeline",
-                        zero_snr=True)
+        folder = Path(config.out) / "adapt-2" / "pipeline"
+        export_one_step(codec, dense_copy(net, state, "cpu"), "v_prediction", folder, zero_snr=True)
     return student
 
 
 def captioned_data(config, codec, codec_d, device):
-    """(dataset, captions of its first 64 pictures) of a fine-tuning, generated or cached where the flags say
-    so.
-    """
+    """A fine-tuning's (dataset, captions of 64 pictures); generated, cached where the flags say so."""
     name = generated_data(config, device) if config.generate else config.dataset
     dataset = load_dataset(name, codec.picture_size, config.seed)
     captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
     if not any(captions):
-        raise UserError(f"--dataset {name}: its pictures have no captions; add metadata.jsonl, or a .txt beside each")
+        raise UserError(f"--dataset {name}: its pictures have no captions; add metadata.jsonl, or a .txt "
+                        "beside each")
     for one in {codec, codec_d}:
         one.warn_of_long(captions)
     if config.cache_latents:
-        folder, made_by, all_captions = f"{config.out}/cache", dict(model=config.model, lora=config.lora), dataset.all_captions()
+        folder, made_by = f"{config.out}/cache", dict(model=config.model, lora=config.lora)
+        all_captions = dataset.all_captions()
         dataset = cache_latents(codec, dataset, f"{folder}/latents", made_by)
         cache_conditions(codec, all_captions, f"{folder}/conditions", made_by)
         if codec_d is not codec:
-            cache_conditions(codec_d, all_captions, f"{folder}/conditions-d", dict(model=config.discriminator))
+            made_by = dict(model=config.discriminator)
+            cache_conditions(codec_d, all_captions, f"{folder}/conditions-d", made_by)
     return dataset, captions
 
 
 def train(config):
     """A whole run, or the rest of one; with --model its data, prior and adaptation first."""
     check(config)
-    # With a decaying rate, the number of iterations is part of what a run is.
-    run = Run(config, bound_flags(Config, but=() if config.lr_decay else ("iterations",)),
-              1 if config.model else Discriminator.GROUP)
+    # Where the rates decay, a continued run must repeat the number of iterations.
+    bound = bound_flags(Config, but=() if config.lr_decay else ("iterations",))
+    run = Run(config, bound, 1 if config.model else Discriminator.GROUP)
     start, codec, discriminator, half, codec_d = load_networks(config, run)
     prior = original = None
     if config.model:
         dataset, captions = captioned_data(config, codec, codec_d, run.device)
         if run.rank == 0:
             run.make_folder()
-            prior = None if config.adapt or ends_in_noise(start) else estimate_prior(run, config, codec, dataset)
+            if not config.adapt and not ends_in_noise(start):
+                prior = estimate_prior(run, config, codec, dataset)
         if run.shows:
             original = original_pictures(run, config, start, codec, captions[:8])
         if config.adapt:
             adapted = adapt(config, start, codec, dataset)
-            if not config.shard:  # not called again, but for what D's features share
+            if not config.shard:  # not called again, except for the part that D's features share
                 (start.net if config.discriminator else start.net.up_blocks).to("meta")
             start = adapted
     else:
@@ -894,7 +905,8 @@ def train(config):
     def save_samples(name):
         if run.shows:
             with models.ema.applied():
-                save_grid(torch.cat(list(draw_pictures(sampler, captions, 1, 0))), run.out / "samples" / name)
+                pictures = torch.cat(list(draw_pictures(sampler, captions, 1, 0)))
+            save_grid(pictures, run.out / "samples" / name)
 
     for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
         remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
@@ -911,25 +923,26 @@ def train(config):
 
 
 def export(config, run, sampler, ema, original, captions):
-    """The averaged generator as a diffusers pipeline in OUT/pipeline; of a fine-tuning also
-    OUT/comparison.png.
+    """Writes the averaged generator to OUT/pipeline, for diffusers; of a fine-tuning also OUT/comparison.png.
 
-    From scratch with a latent z there is no pipeline class that draws it: then only the UNet is written,
-    whose class embedding is the mapping network of z.
+    No pipeline class draws a latent z: of a run from scratch with one, only the UNet is written, whose class
+    embedding is the mapping network of z.
     """
     generator, folder = sampler.generator, run.out / "pipeline"
     if config.model:  # a run has a prior just where its SNR_T is not zero
-        export_student(run, sampler.codec, generator, ema, zero_snr=sampler.prior is None, prior=sampler.prior)
+        prior = sampler.prior
+        export_student(run, sampler.codec, generator, ema, zero_snr=prior is None, prior=prior)
         if run.shows:
             with ema.applied():
                 ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(sampler, captions, nfe, 0)]
         if run.rank == 0:
             save_grid(torch.cat([original, *ours]), run.out / "comparison.png")
-            print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, YOSO 1, 2 and 4 steps\n"
-                  f"{folder}: a diffusers pipeline for 1, 2 or 4 steps")
+            print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, "
+                  f"YOSO 1, 2 and 4 steps\n{folder}: a diffusers pipeline for 1, 2 or 4 steps")
         return
     if run.shows:
-        state = fold_lora(generator.net, None) | {name: whole(average) for name, average in ema.average.items()}
+        averages = {name: whole(average) for name, average in ema.average.items()}
+        state = fold_lora(generator.net, None) | averages
     if run.rank == 0:
         net = scratch_generator(config)
         net.load_state_dict(state)
@@ -937,36 +950,39 @@ def export(config, run, sampler, ema, original, captions):
             net.save_pretrained(folder / "unet")
         else:
             DDPMPipeline(net, scratch_scheduler(config.levels)).save_pretrained(folder)
-        print(f"done: one-step samples in {run.out}/samples/final.png; more with: python yoso.py sample --run {run.out}")
+        print(f"done: one-step samples in {run.out}/samples/final.png; more with: python yoso.py sample "
+              f"--run {run.out}")
 
 
 # Main
 
 def merge_command(argv):
     """`python yoso.py merge`: Eq. 7 on three pipelines of one architecture, written as a pipeline."""
-    parser = argparse.ArgumentParser(prog="yoso.py merge", description="base + alpha (high - base) + beta (tuned - base), key by key.",
-                                     allow_abbrev=False)
+    formula = "base + alpha (high - base) + beta (tuned - base), key by key."
+    parser = argparse.ArgumentParser(prog="yoso.py merge", description=formula, allow_abbrev=False)
     parser.add_argument("--base", required=True, help="the pretrained pipeline")
-    parser.add_argument("--high", required=True, help="the same at a higher resolution, or any other fine-tune of it")
+    parser.add_argument("--high", required=True, help="a fine-tune of --base, at a higher resolution or not")
     parser.add_argument("--tuned", required=True, help="YOSO's, trained from --base")
     parser.add_argument("--alpha", type=float, default=1.0, help="factor on high - base; paper: 1")
     parser.add_argument("--beta", type=float, default=1.0, help="factor on tuned - base; paper: 1")
-    parser.add_argument("--out", required=True, help="folder of the merged pipeline, which predicts what --tuned does")
+    parser.add_argument("--out", required=True, help="folder of the merged pipeline; predicts like --tuned")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise UserError(f"--out {args.out}: exists already; choose a new folder")
     (base, _), (high, codec), (tuned, _) = (load(path) for path in (args.base, args.high, args.tuned))
     states = [model.net.state_dict() for model in (base, high, tuned)]
-    shapes = [{key: value.shape for key, value in state.items()} for state in states]
-    # The resolution's own: a table of positions.
-    other = [key for key in shapes[0] if key in shapes[1] and shapes[0][key] != shapes[1][key] and "pos_embed" not in key]
-    if len({type(model.net) for model in (base, high, tuned)}) > 1 or shapes[0] != shapes[2] or other:
+    of_base, of_high, of_tuned = ({key: value.shape for key, value in state.items()} for state in states)
+    # A table of positions belongs to the resolution.
+    other = [key for key, shape in of_base.items()
+             if of_high.get(key, shape) != shape and "pos_embed" not in key]
+    if len({type(model.net) for model in (base, high, tuned)}) > 1 or of_base != of_tuned or other:
         raise UserError("--base, --high and --tuned: must be of one architecture, --high's resolution aside")
     zero_snr, prior = tuned.schedule.alpha[-1].item() < 1e-3, InformativePrior.read(args.tuned)
     if prior and prior.mean.shape != codec.shape:
         prior = None
     state = add_differences(*states, args.alpha, args.beta)
-    export_one_step(codec, dense_copy(high.net, state, "cpu"), tuned.prediction_type, args.out, zero_snr=zero_snr, prior=prior)
+    merged = dense_copy(high.net, state, "cpu")
+    export_one_step(codec, merged, tuned.prediction_type, args.out, zero_snr=zero_snr, prior=prior)
     print(f"{args.out}: a diffusers pipeline for 1, 2 or 4 steps")
 
 
@@ -984,7 +1000,8 @@ def sample_command(argv):
         raise UserError(f"--prompts: {args.run} was trained without captions")
     prompts = args.prompts or (prompts_of(config, sampler.codec) if config.model else [""])
     captions = [prompts[i % len(prompts)] for i in range(args.num)]
-    save_grid(torch.cat(list(draw_pictures(sampler, captions, args.nfe, args.seed))), args.grid, flag="--grid")
+    pictures = torch.cat(list(draw_pictures(sampler, captions, args.nfe, args.seed)))
+    save_grid(pictures, args.grid, flag="--grid")
     print(f"{args.num} samples with {args.nfe} network call(s): {args.grid}")
 
 
