@@ -51,6 +51,7 @@ into x_t at the lowest levels, c_skip(1) = 0.0025; here level 0 is the data itse
 import argparse
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +62,7 @@ from diffusers import DDPMPipeline, LCMScheduler, UNet2DConditionModel, UNet2DMo
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError,
                     chunk_for, draw_many_steps, enable_checkpointing, frozen, load, load_distance, map_cond,
@@ -612,7 +614,9 @@ def train_step(iteration, pictures, captions, config, run, models):
         return generator_loss(logits, *distances, *weights_of(config, G.schedule, p.t, p.t_con))
 
     with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
-    scalars = run.descend(models.optimizer_d, parts, loss_D)
+    # R1 is differentiated twice, which of the kernels of attention only one can be.
+    with sdpa_kernel(SDPBackend.MATH) if with_r1 else nullcontext():
+        scalars = run.descend(models.optimizer_d, parts, loss_D)
     with frozen(D):  # already updated; its graph carries the gradient to `fake`
         scalars |= run.descend(models.optimizer_g, parts, loss_G, config.clip_norm)
     models.ema.update()  # 6.
