@@ -104,9 +104,10 @@ def drawings(number, size):
 
 
 def random_vgg(patched):
-    """Lets lpips build its network offline, with random weights in place of those it would download."""
+    """Lets lpips build its network offline, with random weights; returns the layers that it will use."""
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
     patched.setattr(torchvision.models, "vgg16", lambda pretrained: SimpleNamespace(features=layers))
+    return layers
 
 
 def ranks(number, function, *arguments, timeout=250):
