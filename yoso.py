@@ -614,7 +614,7 @@ def train_step(iteration, pictures, captions, config, run, models):
         return generator_loss(logits, *distances, *weights_of(config, G.schedule, p.t, p.t_con))
 
     with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
-    # R1 is differentiated twice, which of the kernels of attention only one can be.
+    # R1 differentiates D twice; of attention's kernels only the plain one can be.
     with sdpa_kernel(SDPBackend.MATH) if with_r1 else nullcontext():
         scalars = run.descend(models.optimizer_d, parts, loss_D)
     with frozen(D):  # already updated; its graph carries the gradient to `fake`
@@ -738,6 +738,7 @@ def check(config):
         if wrong:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: {remedy}")
 
+    refuse(config.shard and config.r1, "shard", "cannot differentiate twice, as R1 does; give --r1 0")
     if config.model:
         presets = ", ".join(FINE_TUNE)
         refuse(config.preset in SCRATCH, "preset", f"trains from scratch; --model takes one of {presets}")
