@@ -1,14 +1,16 @@
-"""Measures pictures: Frechet distance, KID, precision, recall, CLIP and reward scores; drawn shapes are read back exactly.
+"""Measures pictures: Frechet distance, KID, precision, recall, CLIP and reward scores; drawn shapes are read
+back exactly.
 
-    python tools/evaluate.py --run runs/yoso --num 1000 --nfe 1                 a run's one-step samples
-    python tools/evaluate.py --model assets/mini-sd --steps 25 --guidance 2 --features assets/mini-clip --clip assets/mini-clip
-    python tools/evaluate.py --images FOLDER --dataset FOLDER                   one folder of pictures against another
+    python tools/evaluate.py --run runs/yoso --num 1000 --nfe 1       a run's one-step samples
+    python tools/evaluate.py --model assets/mini-sd --steps 25 --guidance 2 --features assets/mini-clip
+    python tools/evaluate.py --images FOLDER --dataset FOLDER         one folder of pictures against another
 
-Writes one JSON object (--json FILE, and stdout) that states its protocol. Pictures are measured chunk by chunk as they are
-made, so 30,000 of them need no memory; --save FOLDER keeps them as a captioned folder. The distances are torch-fidelity's, on
-features named in the output: `random-conv` (RandomConvFeatures below: no download, sensitive to colours, edges and their
-layout; its values compare runs of this project with one another and are no Inception FID), `inception` where its weights can
-be fetched, or the image embeddings (unit vectors) of any CLIPModel, by its directory or hub id.
+Writes one JSON object (--json FILE, and stdout) that states its protocol. Pictures are measured chunk by
+chunk as they are made, so 30,000 of them need no memory; --save FOLDER keeps them as a captioned folder. The
+distances are torch-fidelity's, on features named in the output: `random-conv` (RandomConvFeatures below: no
+download, sensitive to colours, edges and their layout; its values compare runs of this project with one
+another and are no Inception FID), `inception` where its weights can be fetched, or the image embeddings (unit
+vectors) of any CLIPModel, by its directory or hub id.
 """
 
 import argparse
@@ -32,14 +34,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
 from common import Draws, InformativePrior, UserError, ddim_sample, load, load_scorer
 from plumbing.cli import run_command
-from plumbing.data import Folder, load_dataset, load_prompts, sample_order
+from plumbing.data import Folder, load_dataset, load_prompts, sample_order, to_floats
 from plumbing.run import choose_device
 from plumbing.shapes import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, coverage
 
-# The largest share of a shape's contrast that the best drawing may leave unexplained. Measured on real drawings of 16 x 16:
-# the best triangle for a disc or square leaves 0.21 or more, the best square for a disc 0.06 to 0.08. So CLEAN (one shape of
-# one colour on one background) keeps triangles apart from the rest, SHARP allows outlines half as wrong, and whether a SHARP
-# picture is a disc or a square hangs on its corners.
+# The largest share of a shape's contrast that the best drawing may leave unexplained. Measured on real
+# drawings of 16 x 16: the best triangle for a disc or square leaves 0.21 or more, the best square for a disc
+# 0.06 to 0.08. So CLEAN (one shape of one colour on one background) keeps triangles apart from the rest,
+# SHARP allows outlines half as wrong, and whether a SHARP picture is a disc or a square hangs on its corners.
 CLEAN, SHARP = 0.2, 0.1
 REFERENCE_SEED = 10_000  # the reference drawings: a seed that no run uses by default
 PROMPT_SEED = 30_000  # the drawings whose captions a text-to-image model is asked for
@@ -49,9 +51,10 @@ CHUNK = 250  # pictures of 32 x 32 at once; fewer of larger ones
 def read_shapes(images):
     """The drawing that fits each picture best in the least-squares sense, over all of Shapes' drawing rules.
 
-    images: uint8 [N, 3, S, S]. Returns a dict of tensors [N]: colour, background, shape, scale (indices), radius, x, y
-    (picture units), error: ||picture - drawing||^2 / ||drawing - its background||^2, so 0 for a perfect drawing, about 1
-    where the shape is missing; and frame [N, 3], the median colour of the outermost pixels, in [0, 1]. Places are searched on a half-pixel grid and five radii, then refined for each shape.
+    images: uint8 [N, 3, S, S]. Returns a dict of tensors [N]: colour, background, shape, scale (indices),
+    radius, x, y (picture units), error: ||picture - drawing||^2 / ||drawing - its background||^2, so 0 for a
+    perfect drawing, about 1 where the shape is missing; and frame [N, 3], the median colour of the outermost
+    pixels, in [0, 1]. Places are searched on a half-pixel grid and five radii, then refined for each shape.
     """
     parts = [_read_chunk(chunk) for chunk in images.split(32)]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -63,7 +66,7 @@ def _read_chunk(images):
     colours, backgrounds = torch.tensor(list(COLOURS.values())), torch.tensor(list(BACKGROUNDS.values()))
     contrast = colours[:, None] - backgrounds[None]  # [colours, backgrounds, 3]
     over_background = images[:, None] - backgrounds[None, :, :, None, None]  # [N, backgrounds, 3, S, S]
-    empty = over_background.square().sum((2, 3, 4))[:, None]  # the error of the background alone, [N, 1, backgrounds]
+    empty = over_background.square().sum((2, 3, 4))[:, None]  # of the background alone, [N, 1, b]
     correlated = torch.einsum("cbk,nbkhw->ncbhw", contrast, over_background).flatten(3)  # [N, c, b, S * S]
     energy = contrast.square().sum(2)[None]  # [1, c, b]
 
@@ -73,8 +76,10 @@ def _read_chunk(images):
         masks = coverage(torch.full((len(x),), shape), radius, x, y, size).flatten(1)  # [places, S * S]
         error = empty[..., None] - 2 * correlated @ masks.T + energy[..., None] * masks.square().sum(1)
         best = error.flatten(1).argmin(1)
-        place, colour, background = best % len(x), best // len(x) // len(backgrounds), best // len(x) % len(backgrounds)
-        refined = _refine(images, colours[colour], backgrounds[background], shape, radius[place], x[place], y[place])
+        place, palette = best % len(x), best // len(x)
+        colour, background = palette // len(backgrounds), palette % len(backgrounds)
+        refined = _refine(images, colours[colour], backgrounds[background], shape, radius[place], x[place],
+                          y[place])
         candidates.append(refined | dict(colour=colour, background=background, shape=torch.full((n,), shape)))
     winner = torch.stack([c["residual"] for c in candidates]).argmin(0)
     chosen = {k: torch.stack([c[k] for c in candidates])[winner, torch.arange(n)] for k in candidates[0]}
@@ -111,15 +116,16 @@ def _refine(images, colour, background, shape, radius, x, y):
         best = residual.argmin(1, keepdim=True)
         radius, x, y = (v.gather(1, best)[:, 0] for v in (radii, xs, ys))
     energy = shapes.square().sum((2, 3, 4))
-    return dict(radius=radius, x=x, y=y, residual=residual.gather(1, best)[:, 0], shape_energy=energy.gather(1, best)[:, 0])
+    residual, energy = (v.gather(1, best)[:, 0] for v in (residual, energy))
+    return dict(radius=radius, x=x, y=y, residual=residual, shape_energy=energy)
 
 
 def shapes_report(images, wanted=None):
-    """Share of clean and of sharp pictures, and coverage of the colour x shape x background combinations among the clean.
+    """Share of clean and of sharp pictures; which combinations of colour, shape, background the clean show.
 
-    images: uint8 [N, 3, S, S]. wanted: attributes as Shapes.attributes gives them; then also the share of pictures that are
-    clean and have the wanted colour, background, shape and size together, each attribute's own share, and how far the frame is
-    from the wanted background's colour (0 to 1, mean over the channels).
+    images: uint8 [N, 3, S, S]. wanted: attributes as Shapes.attributes gives them; then also the share of
+    pictures that are clean and have the wanted colour, background, shape and size together, each attribute's
+    own share, and how far the frame is from the wanted background's colour (0 to 1, mean over the channels).
     """
     return report_of(read_shapes(images), wanted)
 
@@ -144,15 +150,16 @@ def report_of(read, wanted=None):
 
 
 class RandomConvFeatures(FeatureExtractorBase):
-    """140 features of a fixed random convolutional network (seed 0): means over the four quarters of the picture, after three
-    layers of 3x3 convolutions of stride 2, and the mean colours of the quarters. uint8 [N, 3, H, W] -> ([N, 140],)."""
+    """140 features of a fixed random convolutional network (seed 0): means over the four quarters of the
+    picture, after three layers of 3x3 convolutions of stride 2, and the mean colours of the quarters.
+    """
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
         generator = torch.Generator().manual_seed(0)
-        self.filters = nn.ParameterList(
-            nn.Parameter(torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i))**0.5, requires_grad=False)
-            for i, o in ((3, 32), (32, 32), (32, 32)))
+        weights = (torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i))**0.5
+                   for i, o in ((3, 32), (32, 32), (32, 32)))
+        self.filters = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
 
     @staticmethod
     def get_provided_features_list():
@@ -171,7 +178,7 @@ class RandomConvFeatures(FeatureExtractorBase):
 
     def forward(self, input):
         """uint8 [N, 3, H, W] -> ([N, 140],)."""
-        x = h = input.float() / 127.5 - 1
+        x = h = to_floats(input)
         for weight in self.filters:
             h = nn.functional.relu(nn.functional.conv2d(h, weight, stride=2, padding=1))
         quarters = [nn.functional.adaptive_avg_pool2d(v, 2).flatten(1) for v in (h, x)]
@@ -183,24 +190,20 @@ FEATURES = {"random-conv": ("random-conv", "quarters"), "inception": ("inception
 
 
 def load_features(name, device="cpu"):
-    """"random-conv", "inception" or a CLIPModel -> a function of uint8 pictures [N, 3, H, W] to features [N, D] on the CPU.
+    """"random-conv", "inception" or a CLIPModel -> a function of uint8 pictures [N, 3, H, W] to features.
 
-    Raises UserError if its weights cannot be had.
+    Features [N, D] on the CPU. Raises UserError if the weights cannot be had.
     """
     if name in FEATURES:
         extractor, layer = FEATURES[name]
         try:
             network = create_feature_extractor(extractor, [layer], cuda=False, verbose=False).to(device)
         except OSError as error:
-            raise UserError(f"--features {name}: its weights cannot be fetched ({error}); use --features random-conv")
+            raise UserError(f"--features {name}: its weights cannot be fetched ({error}); "
+                            "use --features random-conv")
         return torch.no_grad()(lambda images: network(images.to(device))[0].cpu().float())
     scorer = load_scorer(name, device)
-    return torch.no_grad()(lambda images: scorer.images(to_signed(images).to(device)).cpu())
-
-
-def to_signed(images):
-    """uint8 -> [-1, 1]."""
-    return images.float() / 127.5 - 1
+    return torch.no_grad()(lambda images: scorer.images(to_floats(images).to(device)).cpu())
 
 
 def to_uint8(pictures):
@@ -209,14 +212,14 @@ def to_uint8(pictures):
 
 
 def distances(generated, reference):
-    """Frechet distance, KID (mean of 100 subsets of 1,000, or one of all), precision and recall (3 neighbours).
+    """Frechet distance, KID (mean of 100 subsets of 1,000, or of all), precision and recall (3 neighbours).
 
     Features [N, D] of the generated and [M, D] of the reference pictures.
     """
     statistics = [fid_features_to_statistics(f.double()) for f in (generated, reference)]
     subset = min(1000, len(generated), len(reference))
-    kid = kid_features_to_metric(generated, reference, kid_subsets=100 if subset == 1000 else 1, kid_subset_size=subset,
-                                 verbose=False)
+    kid = kid_features_to_metric(generated, reference, kid_subsets=100 if subset == 1000 else 1,
+                                 kid_subset_size=subset, verbose=False)
     prc = prc_features_to_metric(generated, reference, save_cpu_ram=True, verbose=False)
     return dict(frechet=fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"],
                 kid=kid["kernel_inception_distance_mean"], precision=prc["precision"], recall=prc["recall"])
@@ -232,36 +235,31 @@ def dataset_chunks(dataset, num, seed=0):
         yield torch.stack([s["image"] for s in samples]), [s["caption"] for s in samples]
 
 
-def run_chunks(run, num, nfe, seed, device):
-    """One-step (or nfe-step) samples of a run of yoso.py."""
-    generator, schedule, config = yoso.load_generator(run, device)
-    for pictures in yoso.draw_chunks(generator, schedule, config, num, nfe, seed, device, CHUNK):
-        yield to_uint8(pictures), [""] * len(pictures)
+def few_step_chunks(sampler, prompts, nfe, seed):
+    """Pictures of a yoso.Sampler for the prompts with nfe network calls: predict, add noise, predict."""
+    texts = iter(prompts)
+    for pictures in yoso.draw_pictures(sampler, prompts, nfe, seed):
+        yield to_uint8(pictures), [next(texts) for _ in pictures]
 
 
 @torch.no_grad()
-def model_chunks(denoiser, codec, prompts, steps, guidance, seed, device):
+def many_step_chunks(denoiser, codec, prompts, steps, guidance, seed):
     """A pipeline's pictures for the prompts: DDIM with `steps` steps."""
     chunk = max(1, min(CHUNK, CHUNK * 32**2 // codec.picture_size**2))
     for first in range(0, len(prompts), chunk):
         captions = prompts[first:first + chunk]
-        draw = Draws(seed, first, len(captions), slice(None), "cpu")  # drawn on the CPU: the same pictures on any device
+        draw = Draws(seed, first, len(captions), slice(None), "cpu")  # the same pictures on any device
+        x_T = draw.randn(*codec.shape).to(codec.device)
         null = codec.null(len(captions)) if guidance != 1 else None
-        x0 = ddim_sample(denoiser, draw.randn(*codec.shape).to(device), steps, codec.cond(captions), null, guidance)
+        x0 = ddim_sample(denoiser, x_T, steps, codec.cond(captions), null, guidance)
         yield to_uint8(codec.decode(x0)), captions
-
-
-def few_step_chunks(denoiser, codec, prompts, nfe, prior, seed):
-    """A one-step pipeline's pictures for the prompts with nfe network calls: predict, add noise, predict."""
-    texts = iter(prompts)
-    for pictures in yoso.draw_pictures(denoiser, codec, prompts, nfe, seed, prior):
-        yield to_uint8(pictures), [next(texts) for _ in pictures]
 
 
 def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
     """Goes once over chunks of pictures; embed: {name: function of uint8 pictures}, scorers: {name: Scorer}.
 
-    Returns ({name: features [N, D]}, {scorer's name: mean score}, what read_shapes read or None).
+    save: a folder for them. Returns ({name: features [N, D]}, {scorer's name: mean score}, what read_shapes
+    read or None).
     """
     features, scores, read, count = {name: [] for name in embed}, {name: 0.0 for name in scorers}, [], 0
     with tqdm(total=num, desc=title, disable=not sys.stderr.isatty()) as bar:
@@ -269,68 +267,83 @@ def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
             for name, function in embed.items():
                 features[name].append(function(images))
             for name, scorer in scorers.items():
-                device = scorer.device
                 with torch.no_grad():
-                    scores[name] += scorer(to_signed(images).to(device), scorer.texts(captions)).sum().item() / num
+                    values = scorer(to_floats(images).to(scorer.device), scorer.texts(captions))
+                scores[name] += values.sum().item() / num
             if with_shapes:
                 read.append(read_shapes(images))
             if save:
-                with open(save / "metadata.jsonl", "a", encoding="utf-8") as file:
-                    for i, (image, caption) in enumerate(zip(images, captions), count):
-                        Image.fromarray(image.permute(1, 2, 0).numpy()).save(save / f"{i:06d}.png")
-                        file.write(json.dumps(dict(file_name=f"{i:06d}.png", text=caption)) + "\n")
+                save_pictures(save, images, captions, count)
             count += len(images)
             bar.update(len(images))
     features = {name: torch.cat(chunks) for name, chunks in features.items()}
     return features, scores, {k: torch.cat([r[k] for r in read]) for k in read[0]} if read else None
 
 
+def save_pictures(folder, images, captions, first):
+    """Adds pictures to a captioned folder, numbered from `first`."""
+    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+        for i, (image, caption) in enumerate(zip(images, captions), first):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
+            file.write(json.dumps(dict(file_name=f"{i:06d}.png", text=caption)) + "\n")
+
+
 def is_from_scratch(run):
-    """Whether a run's folder is of yoso.py without --model, whose checkpoint is sampled, and not of a pipeline's training."""
+    """Whether a run is of yoso.py without --model, of which the checkpoint is sampled, not a pipeline."""
     config = Path(run) / "config.json"
-    return config.exists() and "model" not in json.loads(config.read_text())
+    return config.exists() and not json.loads(config.read_text()).get("model")
 
 
-def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=None, steps=25, guidance=1.0,
-             prior=True, seed=0, size=32, features="random-conv", clip=None, reward=None, judge=None, save=None, device="auto"):
+def asked_for(dataset, prompts, codec, num):
+    """(num prompts of a file or a dataset, the attributes that those of shapes ask for, else None)."""
+    if prompts:
+        texts = load_prompts(prompts)
+        codec.warn_of_long(texts)
+        return [texts[i % len(texts)] for i in range(num)], None
+    asked = load_dataset(dataset, codec.picture_size, PROMPT_SEED)
+    if dataset.startswith("shapes"):
+        attributes = asked.attributes(range(num))
+        return asked.captions(attributes), asked.shown(attributes)
+    return [text for _, captions in dataset_chunks(asked, num, PROMPT_SEED) for text in captions], None
+
+
+def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora="", num=1000, nfe=None,
+             steps=25, guidance=1.0, prior=True, seed=0, size=32, features="random-conv", clip=None,
+             reward=None, judge=None, save=None, device="auto"):
     """The report, as a dict; the arguments are the command's flags."""
     if num < 5:
         raise UserError(f"--num {num}: a distance needs at least 5 pictures")
     device, wanted = choose_device(device), None
-    embed = {prefix: load_features(name, device) for prefix, name in (("", features), ("judge_", judge)) if name}
-    scorers = {name: load_scorer(path, device) for name, path in (("clip", clip), ("reward", reward), ("judge", judge)) if path}
+    embed = {prefix: load_features(name, device)
+             for prefix, name in (("", features), ("judge_", judge)) if name}
+    scorers = {name: load_scorer(path, device)
+               for name, path in (("clip", clip), ("reward", reward), ("judge", judge)) if path}
     if run and (Path(run) / "pipeline" / "model_index.json").exists() and not is_from_scratch(run):
         run, model, nfe = None, Path(run) / "pipeline", nfe or 1
     if run:
         nfe = nfe or 1
-        dataset = dataset or yoso.load_generator(run)[2].dataset
-        chunks, source = run_chunks(run, num, nfe, seed, device), dict(run=str(run), nfe=nfe, seed=seed)
-        size = yoso.load_generator(run)[2].image_size
+        sampler, config = yoso.load_sampler(run, device)
+        dataset, size = dataset or config.dataset, config.image_size
+        chunks = few_step_chunks(sampler, [""] * num, nfe, seed)
+        source = dict(run=str(run), nfe=nfe, seed=seed)
     elif model:
         denoiser, codec = load(model, device, lora)
         if guidance != 1 and not codec.guided:
             raise UserError(f"--guidance {guidance}: {model} has no condition; use --guidance 1")
         size = codec.picture_size
         if not dataset and size > 64:
-            raise UserError(f"--model {model}: draws {size} x {size} pixels; give --dataset FOLDER of real pictures to compare with")
+            raise UserError(f"--model {model}: draws {size} x {size} pixels; give --dataset FOLDER of real "
+                            "pictures to compare with")
         dataset = dataset or "shapes"
-        if prompts:
-            texts = load_prompts(prompts)
-            codec.warn_of_long(texts)
-            texts = [texts[i % len(texts)] for i in range(num)]
-        elif dataset.startswith("shapes"):
-            asked = load_dataset(dataset, size, PROMPT_SEED)
-            attributes = asked.attributes(range(num))
-            texts, wanted = asked.captions(attributes), asked.shown(attributes)
-        else:
-            texts = [text for _, captions in dataset_chunks(load_dataset(dataset, size), num, PROMPT_SEED) for text in captions]
-        source = dict(model=str(model), seed=seed, prompts=str(prompts) if prompts else f"captions of {dataset}, seed {PROMPT_SEED}")
+        texts, wanted = asked_for(dataset, prompts, codec, num)
+        source = dict(model=str(model), seed=seed,
+                      prompts=str(prompts) if prompts else f"captions of {dataset}, seed {PROMPT_SEED}")
         if nfe:
             start = InformativePrior.read(model, device) if prior else None
-            chunks = few_step_chunks(denoiser, codec, texts, nfe, start, seed)
+            chunks = few_step_chunks(yoso.Sampler(denoiser, codec, start), texts, nfe, seed)
             source |= dict(steps=nfe, sampler="predict and renoise", informative_prior=start is not None)
         else:
-            chunks = model_chunks(denoiser, codec, texts, steps, guidance, seed, device)
+            chunks = many_step_chunks(denoiser, codec, texts, steps, guidance, seed)
             source |= dict(steps=steps, sampler="ddim", guidance=guidance)
     else:
         if not Path(images).is_dir():
@@ -346,43 +359,55 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
             raise UserError(f"--save {save}: exists already; choose a new folder")
         save.mkdir(parents=True)
     generated, scores, read = measure(chunks, num, embed, scorers, reference.endless, save, "generated")
-    real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None, "reference")
-    protocol = f"{dataset}, seed {REFERENCE_SEED}" if reference.endless else "first pictures in the order of seed 0"
-    report = dict(**source, dataset=str(dataset), size=size, num=num, reference_num=reference_num, reference=protocol,
-                  features=str(features), torch_fidelity=torch_fidelity.__version__)
+    real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None,
+                         "reference")
+    order = "first pictures in the order of seed 0"
+    if reference.endless:
+        order = f"{dataset}, seed {REFERENCE_SEED}"
+    report = dict(**source, dataset=str(dataset), size=size, num=num, reference_num=reference_num,
+                  reference=order, features=str(features), torch_fidelity=torch_fidelity.__version__)
     for prefix in embed:
-        report |= {prefix + name: value for name, value in distances(generated[prefix], real[prefix]).items()}
+        report |= {prefix + name: v for name, v in distances(generated[prefix], real[prefix]).items()}
     report |= {f"{name}_score": score for name, score in scores.items()}
     return report | (report_of(read, wanted) if read else {})
 
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--run", help="a run: its samples with --nfe network calls are measured")
     parser.add_argument("--model", help="a pipeline (directory or hub id): its pictures are measured")
     parser.add_argument("--images", help="a folder of pictures to measure")
-    parser.add_argument("--dataset", help="the reference: shapes, shapes-rolled, cifar10 or a folder (default: the run's own, or shapes)")
-    parser.add_argument("--prompts", help="with --model: a file of prompts, instead of the dataset's captions")
+    parser.add_argument("--dataset", help="the reference: shapes, shapes-rolled, cifar10 or a folder "
+                        "(default: the run's own, or shapes)")
+    parser.add_argument("--prompts",
+                        help="with --model: a file of prompts, instead of the dataset's captions")
     parser.add_argument("--lora", default="", help="with --model: LoRA weights on top")
     parser.add_argument("--num", type=int, default=1000, help="number of pictures on both sides")
-    parser.add_argument("--nfe", type=int, help="network calls a sample of a one-step model (1 with --run); with --model instead of --steps")
+    parser.add_argument("--nfe", type=int, help="network calls a sample of a one-step model (1 with --run); "
+                        "with --model instead of --steps")
     parser.add_argument("--prior", action=argparse.BooleanOptionalAction, default=True,
                         help="with --nfe: start from the informative prior where the pipeline has one")
     parser.add_argument("--steps", type=int, default=25, help="with --model: DDIM steps")
     parser.add_argument("--guidance", type=float, default=1.0, help="with --model: guidance scale, 1: none")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    parser.add_argument("--size", type=int, default=32, help="with --images: pixels to which both sides are brought")
-    parser.add_argument("--features", default="random-conv", help="random-conv, inception, or a CLIPModel's directory or hub id")
-    parser.add_argument("--clip", help="also the mean CLIP score (cosine) of this CLIPModel: clip, directory or hub id")
-    parser.add_argument("--reward", help="also the mean score of this reward: pickscore, hps, directory or hub id")
-    parser.add_argument("--judge", help="a CLIPModel that the model did not optimise: distances in its features too, and its score")
+    parser.add_argument("--size", type=int, default=32,
+                        help="with --images: pixels to which both sides are brought")
+    parser.add_argument("--features", default="random-conv",
+                        help="random-conv, inception, or a CLIPModel's directory or hub id")
+    parser.add_argument("--clip", help="also the mean CLIP score (cosine) of this CLIPModel: clip, directory "
+                        "or hub id")
+    parser.add_argument("--reward", help="also the mean score of this reward: pickscore, hps, directory or "
+                        "hub id")
+    parser.add_argument("--judge", help="a CLIPModel that the model did not optimise: distances in its "
+                        "features too, and its score")
     parser.add_argument("--save", help="a new folder to which the pictures and their captions are written")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", help="write the report to this file too")
     args = vars(parser.parse_args(argv))
     path = args.pop("json")
-    if sum(bool(args[k]) for k in ("run", "model", "images")) != 1 or (args["images"] and not args["dataset"]):
+    sources = [name for name in ("run", "model", "images") if args[name]]
+    if len(sources) != 1 or (args["images"] and not args["dataset"]):
         raise UserError("give one of --run RUN, --model PIPELINE, or --images FOLDER with --dataset")
     if path and not Path(path).parent.is_dir():
         raise UserError(f"--json {path}: there is no folder {Path(path).parent}")
