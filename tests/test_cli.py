@@ -1,0 +1,240 @@
+"""Flags: their ranges, presets and --help, the configuration read back, and errors in one line."""
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torchvision
+from helpers import TINY, fails
+
+import diff_instruct_star
+import plumbing.cli
+import swiftbrush_v2
+import yoso
+from common import UserError
+from plumbing.cli import RunFlags, bound_flags, flag, parse_config, read_config
+
+SCRIPTS = [yoso, swiftbrush_v2, diff_instruct_star]
+
+
+@dataclass
+class Flags(RunFlags):
+    preset: str = flag("plain", "the defaults", "data")
+    rate: float = flag(1.0, "50 % of it", above=0)
+    limit: float = flag(math.inf, "of the norm", above=0, infinite=True)
+    free: float = flag(0.0, "any finite number")
+    share: float = flag(0.5, "of all", least=0, below=1)
+    widths: tuple = flag((8, 16), "of the layers", least=4, most=64)
+    kind: str = flag("", "of noise", choices=("", "white", "pink"))
+    flip: bool = flag(False, "the pictures")
+
+
+PRESETS = {"plain": {}, "wide": dict(widths=(32,), rate=2.0, flip=True), "deep": dict(rate=3.0)}
+
+
+def parse(*argv, **options):
+    return parse_config(Flags, PRESETS, [str(word) for word in argv], "a test", **options)
+
+
+# Ranges
+
+@pytest.mark.parametrize("argv, words", [
+    (["--rate", "0"], "--rate 0.0: must be above 0"),
+    (["--rate", "nan"], "--rate nan: must be above 0 and finite"),
+    (["--rate", "inf"], "--rate inf: must be above 0 and finite"),
+    (["--limit", "nan"], "--limit nan: must be above 0"),
+    (["--limit=-inf"], "--limit -inf: must be above 0"),
+    (["--free", "nan"], "--free nan: must be finite"),
+    (["--free=-inf"], "--free -inf: must be finite"),
+    (["--share", "1"], "--share 1.0: must be at least 0 and below 1"),
+    (["--share", "-0.1"], "--share -0.1: must be at least 0 and below 1"),
+    (["--widths", "8", "3"], "--widths 3: must be at least 4 and at most 64"),
+    (["--widths", "65", "8"], "--widths 65: must be at least 4 and at most 64"),
+    (["--kind", "brown"], "--kind brown: must be one of white, pink"),
+    (["--seed", "-1"], "--seed -1: must be at least 0 and below 2**63"),
+    (["--seed", 2**63], "must be at least 0 and below 2**63"),
+    (["--preset", "huge"], "--preset huge: unknown; choose one of plain, wide, deep")])
+def test_a_value_out_of_range(argv, words):
+    with pytest.raises(UserError) as refused:
+        parse(*argv)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("rate", 1e-9), ("limit", math.inf), ("free", -1e30), ("share", 0.0), ("widths", (4, 64)), ("kind", ""),
+    ("seed", 2**63 - 1)])
+def test_the_ends_of_a_range_are_in_it(name, value):
+    words = [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+    assert getattr(parse(*words), name) == value
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_no_number_of_a_method_may_be_negative_infinite_or_nan(script):
+    """-1, and for floats NaN and infinity, which only a limit that can be off takes."""
+    checked = 0
+    for field in dataclasses.fields(script.Config):
+        kind = type(field.default[0]) if field.type is tuple else field.type
+        if kind not in (int, float):
+            continue
+        infinity = [] if field.metadata["infinite"] else [math.inf]
+        for value in [kind(-1)] if kind is int else [-1.0, math.nan, -math.inf, *infinity]:
+            values = (field.default[0], value) if field.type is tuple else value
+            with pytest.raises(UserError, match=f"^--{field.name.replace('_', '-')} {value}: must be "):
+                plumbing.cli.check_flag(field.name, values, field.metadata)
+        checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_preset_is_in_range(script):
+    for preset, values in script.PRESETS.items():
+        config = parse_config(script.Config, script.PRESETS, ["--preset", preset], "", script.preset_of)
+        assert {name: getattr(config, name) for name in values} == values and config.preset == preset
+
+
+# Presets and --help
+
+def test_flags_win_over_the_preset_which_wins_over_the_defaults():
+    wide = parse("--preset", "wide", "--rate", 5, "--no-flip")
+    assert (wide.widths, wide.rate, wide.flip, wide.share) == ((32,), 5.0, False, 0.5)
+    assert parse("--preset", "wide").flip and parse().rate == 1.0
+
+
+def test_the_given_flags_choose_the_preset():
+    preset_of = lambda given: "deep" if given.get("share") == 0.25 else "wide"
+    assert parse("--share", 0.25, preset_of=preset_of).rate == 3.0
+    assert parse(preset_of=preset_of).preset == "wide"
+    assert parse("--share", 0.25, "--preset", "plain", preset_of=preset_of).rate == 1.0
+
+
+def help_of(capsys, monkeypatch, function, *arguments):
+    """The text of a --help, a flag a line."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        function(*arguments)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_groups_ranges_and_the_presets_values(capsys, monkeypatch):
+    text = help_of(capsys, monkeypatch, lambda: parse("--preset", "wide", "--help", commands=("sample",)))
+    sections = {section.split(":\n")[0]: section for section in text.split("\n\n")}
+    for group, name in (("run", "--seed"), ("data", "--preset"), ("method", "--rate")):
+        assert [title for title in ("run", "data", "method") if f"  {name} " in sections[title]] == [group]
+    for words in ("the defaults [wide]", "50 % of it [2.0; above 0]", "of the norm [inf; above 0]",
+                  "any finite number [0.0]", "of all [0.5; at least 0 and below 1]",
+                  "of the layers [32; at least 4 and at most 64]", "of noise [empty; one of white, pink]",
+                  "--flip, --no-flip", "the pictures [True]",
+                  "Defaults are those of --preset wide; presets: plain, wide, deep.",
+                  "Other commands, each with its own --help: sample."):
+        assert words in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_of_every_preset(script, capsys, monkeypatch):
+    """Every flag stands there with the value that the preset gives it."""
+    for preset, values in script.PRESETS.items():
+        text = help_of(capsys, monkeypatch, script.main, ["--preset", preset, "--help"])
+        assert script.__doc__.splitlines()[0] in text
+        for field in dataclasses.fields(script.Config):
+            value = (values | dict(preset=preset)).get(field.name, field.default)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            assert f"{field.metadata['help']} [{'empty' if shown == '' else shown}" in text, field.name
+
+
+def test_an_unknown_flag_is_refused(capsys):
+    """Abbreviations too, which would change their meaning with the next flag."""
+    for argv in (["--iteration", "3"], ["--rates", "1"]):
+        with pytest.raises(SystemExit) as stopped:
+            parse(*argv)
+        assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+# Configurations
+
+def test_a_configuration_is_read_back(tmp_path):
+    config, path = parse("--widths", 4, 8, "--limit", "inf"), tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    assert read_config(Flags, path) == config and read_config(Flags, path).widths == (4, 8)
+    for text in (json.dumps(dict(other=1)), "[1]", '{"rate": 1'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not the configuration of a run of this script"):
+            read_config(Flags, path)
+    with pytest.raises(UserError, match="absent.json: not the configuration"):
+        read_config(Flags, tmp_path / "absent.json")
+
+
+def test_a_continued_run_repeats_the_flags_that_make_its_result():
+    own = {"preset", "rate", "limit", "free", "share", "widths", "kind", "flip"}
+    assert bound_flags(Flags) == own | {"seed", "precision", "cache_latents"}
+    assert bound_flags(Flags, but=("rate", "seed")) == own - {"rate"} | {"precision", "cache_latents"}
+
+
+# Errors in one line
+
+def test_one_process_a_machine_tells_the_error(monkeypatch, capsys):
+    def main(argv):
+        raise UserError("--lr 0: must be above 0")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
+    for rank, line in (("0", "script.py: --lr 0: must be above 0\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            plumbing.cli.run_command(main)
+        assert stopped.value.code == 2 and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "imagenet"], "--dataset imagenet: unknown; choose shapes"),
+    (["--preset", "huge"], "--preset huge: unknown"),
+    (["--adversary", "none"], "--adversary none: must be one of self, data, ufogen"),
+    (["--rec-distance", "l1"], "--rec-distance l1: must be one of lpips, l2, latent"),
+    (["--precision", "fp16"], "--precision fp16: must be one of fp32, bf16"),
+    (["--device", "quantum"], "--device quantum: cannot be used"),
+    (["--batch-size", "8", "--micro-batch", "3"], "--micro-batch 3: does not divide"),
+    (["--batch-size", "6"], "must be a multiple of 4"),
+    (["--image-size", "20", "--channels", "8", "8", "8", "8"], "--image-size 20: must be a multiple of 8"),
+    (["--channels", "3"], "--channels 3: must be at least 4"),
+    (["--channels", "8", "--attention"], "--attention True: must be off"),
+    (["--levels", "0"], "--levels 0: must be at least 1"),
+    (["--r1-every", "0"], "--r1-every 0: must be at least 1"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--iterations", "0"], "--iterations 0: must be at least 1"),
+    (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--resume", "absent"], "--resume absent: there is no checkpoint"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_wrong_flags(tmp_path, monkeypatch, capsys, flags, words):
+    assert words in fails(monkeypatch, capsys, yoso, *TINY, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_wrong_flags_of_sample(script, tmp_path, monkeypatch, capsys):
+    for name, value, words in (("--num", 0, "must be at least 1"), ("--seed", -1, "must be at least 0")):
+        error = fails(monkeypatch, capsys, script, "sample", "--run", tmp_path, name, value)
+        assert f"{name} {value}: {words}" in error
+    assert str(tmp_path) in fails(monkeypatch, capsys, script, "sample", "--run", tmp_path), "an empty folder"
+
+
+def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    error = fails(monkeypatch, capsys, yoso, *TINY, "--out", tmp_path / "run")
+    assert "--batch-size 8: the global batch is not divisible by 3 processes" in error
+
+
+def test_out_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    error = fails(monkeypatch, capsys, yoso, *TINY, "--out", tmp_path / "file" / "run")
+    assert "cannot write there" in error and "choose another folder" in error
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_lpips_without_a_network(tmp_path, monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
+    error = fails(monkeypatch, capsys, yoso, *TINY, "--out", tmp_path / "run", "--rec-distance", "lpips")
+    assert "choose the distance l2" in error
