@@ -1,17 +1,21 @@
 """Trains the models that the distillation scripts start from.
 
-    python tools/pretrain.py                                           the mini models of assets/, from drawn shapes
-    python tools/pretrain.py --dataset cifar10 --out runs/teacher      a class-conditional teacher in pixel space
-    python tools/pretrain.py --base assets/mini-sd --schedule pixart --out runs/mini-linear           PixArt's noise schedule
-    python tools/pretrain.py --base assets/mini-sd --dataset shapes-rolled --out runs/mini-rolled     a base of another palette
+    python tools/pretrain.py                                         the mini models of assets/, from shapes
+    python tools/pretrain.py --dataset cifar10 --out runs/teacher    a class-conditional teacher of pixels
+    python tools/pretrain.py --base assets/mini-sd --schedule pixart --out runs/mini-linear
+                                                                     a base of PixArt's noise schedule
+    python tools/pretrain.py --base assets/mini-sd --dataset shapes-rolled --out runs/mini-rolled
+                                                                     a base of another palette
 
 The mini models are ordinary diffusers and transformers directories, float16 safetensors, 32 x 32 pictures:
   mini-clip       CLIPModel + processor: pictures against captions
   mini-judge      the same from another seed, which no method optimises: it only measures
-  mini-pickscore  mini-clip fine-tuned on preference pairs as PickScore was: which of two pictures for a prompt is better
-  mini-sd         StableDiffusionPipeline: UNet over 8 x 8 x 4 latents, AutoencoderKL, mini-clip's text tower, SD's schedule
+  mini-pickscore  mini-clip fine-tuned on preference pairs as PickScore was: which of two pictures is better
+  mini-sd         StableDiffusionPipeline: UNet over 8 x 8 x 4 latents, AutoencoderKL, mini-clip's text tower,
+                  SD's schedule
   mini-taesd      AutoencoderTiny, a cheap decoder for mini-sd's latents
-Every part's training is kept in --runs: Ctrl-C saves, the same command continues, and a finished part is not trained again.
+Every part's training is kept in --runs: Ctrl-C saves, the same command continues, and a finished part is not
+trained again.
 """
 
 import copy
@@ -19,7 +23,8 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,46 +51,53 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import EMA, Draws, NoiseSchedule, UserError, class_labels, load
-from plumbing.cli import flag, parse_config, run_command
-from plumbing.data import load_dataset
-from plumbing.run import FREE_FLAGS, Run, choose_device, start_processes
+from plumbing.cli import RunFlags, flag, parse_config, run_command
+from plumbing.data import load_dataset, to_floats
+from plumbing.run import Run, choose_device, start_processes
 from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes
 from plumbing.students import write_folder
 
 IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
-SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
-                   set_alpha_to_one=True, timestep_spacing="trailing")
+SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+                   clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
 PIXART_SCHEDULE = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-NULL_SHARE = 0.1  # of captions replaced by the empty one, so that guidance has something to subtract; SD: 10 %
+SCHEDULES = {"": {}, "sd": SD_SCHEDULE, "pixart": PIXART_SCHEDULE}
+NULL_SHARE = 0.1  # of captions that are emptied, so that guidance has something to subtract; SD: 10 %
 HELD_OUT_SEED = 20_000  # drawings that no training sees
 
 
 @dataclass
 class Config:
     """One field a flag; the text is also its --help."""
-    dataset: str = flag("shapes", "shapes: the mini models; cifar10 or a folder by class: a teacher in pixel space; with --base, any")
-    base: str = flag("", "train the UNet of this Stable Diffusion on, on --dataset and for --schedule, instead")
-    schedule: str = flag("", "with --base, the noise levels: its own, sd (scaled linear) or pixart (linear)")
+    dataset: str = flag("shapes", "shapes: the mini models; cifar10 or a folder by class: a teacher in pixel "
+                        "space; with --base, any")
+    base: str = flag("", "train the UNet of this Stable Diffusion on, on --dataset and for --schedule")
+    schedule: str = flag("", "with --base, the noise levels: its own, sd (scaled linear) or pixart (linear)",
+                         choices=tuple(SCHEDULES))
     preset: str = flag("shapes", "defaults of a teacher: shapes; cifar10, DDPM's, for a GPU; base: of --base")
     out: str = flag("assets", "folder of the mini models; for a teacher or with --base, a folder of its own")
-    runs: str = flag("runs/pretrain", "folder of the training itself, from which an interrupted one continues")
-    scale: float = flag(1.0, "factor on every part's iterations")
-    seed: int = flag(0, "of weights, drawings and noise")
+    runs: str = flag("runs/pretrain", "folder of the training itself, where an interrupted one continues")
+    scale: float = flag(1.0, "factor on every part's iterations", above=0)
+    seed: int = flag(0, "of weights, drawings and noise", least=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("fp32", "fp32, or bf16 for the networks")
-    workers: int = flag(0, "processes that read pictures")
-    iterations: int = flag(20_000, "of a teacher or of --base; those of the mini models stand in PARTS")
-    batch_size: int = flag(64, "of a teacher or of --base")
-    lr: float = flag(5e-4, "of a teacher or of --base; for the mini models; diffusers fine-tunes SD with 1e-5")
-    image_size: int = flag(32, "pixels of a teacher")
-    channels: tuple = flag((32, 64, 64), "of a teacher, by resolution")
+    precision: str = flag("fp32", "of the networks", choices=("fp32", "bf16"))
+    workers: int = flag(0, "processes that read pictures", least=0)
+    iterations: int = flag(20_000, "of a teacher or of --base; the mini models' stand in PARTS", least=1)
+    batch_size: int = flag(64, "of a teacher or of --base", least=1)
+    lr: float = flag(5e-4, "of a teacher, or of a mini --base; diffusers fine-tunes SD with 1e-5", above=0)
+    image_size: int = flag(32, "pixels of a teacher", least=1)
+    channels: tuple = flag((32, 64, 64), "of a teacher, by resolution, multiples of 16", least=16)
     attention: bool = flag(True, "of a teacher, at its lowest resolution")
 
 
-PRESETS = {"shapes": {}, "cifar10": dict(channels=(128, 256, 256, 256), batch_size=128, lr=2e-4, iterations=200_000),
-           "base": dict(iterations=2000)}  # measured here: a mini model takes on another palette, README
+PRESETS = {
+    "shapes": {},
+    "cifar10": dict(channels=(128, 256, 256, 256), batch_size=128, lr=2e-4, iterations=200_000),
+    "base": dict(iterations=2000),  # measured here: a mini model takes on another palette, README
+}
 
-# Iterations, batch size, learning rate; measured here: what reaches the README's figures in less than an hour of two cores.
+# Iterations, batch size, learning rate; measured here: what reaches the README's figures in less than an hour
+# of two cores.
 PARTS = {
     "vae": (3000, 32, 2e-3),
     "taesd": (2000, 32, 2e-3),
@@ -97,34 +109,28 @@ PARTS = {
 
 
 @dataclass
-class Part:
-    """What plumbing.run.Run reads of the training of one part."""
-    out: str
-    iterations: int
-    batch_size: int
-    lr: float
-    scale: float
-    seed: int
-    device: str
-    precision: str
-    workers: int
-    dataset: str
-    image_size: int
-    channels: tuple
-    attention: bool
-    base: str
-    schedule: str
-    resume: str = ""
-    micro_batch: int = 0
-    log_every: int = 50
+class Part(RunFlags):
+    """What the training of one part depends on, which its continuation must repeat."""
     save_every: int = 250
-    sample_every: int = 10**9
+    iterations: int = 0
+    batch_size: int = 0
+    lr: float = 0.0
+    scale: float = 1.0
+    dataset: str = ""
+    image_size: int = 0
+    channels: tuple = ()
+    attention: bool = False
+    base: str = ""
+    schedule: str = ""
 
 
 # Losses
 
 def vae_loss(reconstruction, x0, kl, weight=0.01):
-    """Squared error summed over the picture plus weight x KL to N(0, I); pictures [B, C, H, W], kl [B]. Returns sum and parts."""
+    """Squared error summed over the picture plus weight x KL to N(0, I); pictures [B, C, H, W], kl [B].
+
+    Returns the sum and its parts.
+    """
     L_rec, L_kl = (reconstruction - x0).square().sum((1, 2, 3)).mean(), kl.mean()
     return L_rec + weight * L_kl, dict(L_rec=L_rec, L_kl=L_kl)
 
@@ -135,20 +141,22 @@ def contrastive_loss(logits, captions):
     A caption that occurs twice in the batch is not its twin's negative: the twin is left out.
     """
     twins = torch.tensor([[a == b for b in captions] for a in captions], device=logits.device)
-    logits = logits.masked_fill(twins & ~torch.eye(len(captions), dtype=torch.bool, device=logits.device), -torch.inf)
+    itself = torch.eye(len(captions), dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(twins & ~itself, -torch.inf)
     labels = torch.arange(len(captions), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def preference_loss(score_better, score_worse):
-    """Bradley-Terry: -log sigmoid(score_better - score_worse), scores [B] (PickScore, Kirstain et al., 2023, section 3)."""
+    """Bradley-Terry: -log sigmoid(score_better - score_worse), scores [B] (PickScore, Kirstain et al.)."""
     return F.softplus(score_worse - score_better).mean()
 
 
 def denoising_loss(unet, schedule, x0, cond, draw, prediction_type="epsilon"):
-    """Denoising score matching on latents x0 [B, C, H, W] with the condition: mean squared error in epsilon, or in v."""
+    """Denoising score matching on x0 [B, C, H, W] with the condition: squared error in epsilon, or in v."""
     t, eps = draw.randint(0, len(schedule)), draw.randn(*x0.shape[1:])
-    target = eps if prediction_type == "epsilon" else schedule.add_noise(eps, -x0, t)  # v = alpha eps - sigma x0
+    v = schedule.add_noise(eps, -x0, t)  # alpha eps - sigma x0
+    target = eps if prediction_type == "epsilon" else v
     return (unet(schedule.add_noise(x0, eps, t), t, **cond).sample - target).square().mean()
 
 
@@ -164,40 +172,41 @@ def preset_of(given):
 
 
 def distance_from_middle(attributes):
-    """The stated taste: the nearer the shape's centre lies to the middle of the picture, the better; [N], picture units."""
+    """The stated taste: the nearer the shape's centre to the picture's, the better; [N], picture units."""
     return torch.hypot(attributes["x"] - 0.5, attributes["y"] - 0.5)
 
 
 # Training
 
 def train(config, name, build, loss_of, dataset):
-    """AdamW with warm-up and cosine decay on loss_of(module, x0, captions, draw, counters) -> (loss, parts).
+    """AdamW with warm-up and cosine decay on loss_of(module, x0, captions, draw, first) -> (loss, its parts).
 
-    Returns the module, frozen, with its averaged weights. After Ctrl-C it saves and ends the program.
+    draw: the random numbers of the iteration; first: the number of the batch's first sample. Returns the
+    module, frozen, with its averaged weights. After Ctrl-C it saves and ends the program.
     """
     iterations, batch_size, lr = PARTS.get(name, (config.iterations, config.batch_size, config.lr))
-    iterations = max(1, round(iterations * config.scale))
-    part = Part(str(Path(config.runs) / name), iterations, batch_size, lr, config.scale, config.seed, config.device,
-                config.precision, config.workers, config.dataset, config.image_size, config.channels, config.attention,
-                config.base, config.schedule)
-    run = Run(part, free=FREE_FLAGS - {"iterations"})
+    shared = {f.name: getattr(config, f.name) for f in fields(Part) if hasattr(config, f.name)}
+    part = Part(**shared | dict(out=str(Path(config.runs) / name), batch_size=batch_size, lr=lr,
+                                iterations=max(1, round(iterations * config.scale))))
+    run = Run(part)
     module = build().to(run.device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
     ema = EMA(module.named_parameters(), 0.998)
+
+    def loss_and_parts(p):
+        loss, parts = loss_of(module, p.x0, p.captions, draw, first)
+        return loss, dict(loss=loss, **parts)
+
     run.begin(dict(module=module, optimizer=optimizer, ema=ema))
     run.bar.set_description(name)
     for iteration, (x0, captions) in enumerate(run.batches(dataset), run.start):
         progress = iteration / part.iterations
-        optimizer.param_groups[0]["lr"] = lr * min(1, 20 * progress + 0.01) * (1 + math.cos(math.pi * progress)) / 2
-        optimizer.zero_grad()
-        with run.autocast():
-            loss, parts = loss_of(module, x0, captions, run.draws(iteration), iteration * batch_size + run.rows.start)
-        loss.backward()
-        run.average_gradients(module.parameters())
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        warmup, decay = min(1, 20 * progress + 0.01), (1 + math.cos(math.pi * progress)) / 2
+        optimizer.param_groups[0]["lr"] = lr * warmup * decay
+        draw, first = run.draws(iteration), iteration * batch_size + run.rows.start
+        losses = run.descend(optimizer, run.split(x0=x0, captions=captions), loss_and_parts, 1.0)
         ema.update()
-        if run.finish_iteration(iteration, dict(loss=loss, **parts)):
+        if run.finish_iteration(iteration, losses):
             break
     run.end()
     with torch.no_grad():
@@ -217,7 +226,7 @@ def write(path, save):
 # The mini models
 
 def build_tokenizer():
-    """A CLIPTokenizer with one token for each word of the captions; any other text falls back to its bytes."""
+    """A CLIPTokenizer with one token for each word of the captions; other text falls back to its bytes."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary, merges = [*letters, *(letter + "</w>" for letter in letters)], []
     for word in sorted({"a", "on", *COLOURS, *BACKGROUNDS, *SHAPES, *SIZES}):
@@ -233,24 +242,26 @@ def build_tokenizer():
 
 def tokens_of(tokenizer, captions, device):
     """Token ids [B, TOKENS] as StableDiffusionPipeline makes them."""
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    return tokens.input_ids.to(device)
 
 
 def build_clip(tokenizer):
     """A CLIPModel of 0.5 M parameters for 32 x 32 pictures."""
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    text = dict(hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=TOKENS, vocab_size=len(tokenizer), **ends)
-    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE,
-                  patch_size=4)
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = dict(hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=TOKENS, vocab_size=len(tokenizer), **ends)
+    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+                  image_size=IMAGE, patch_size=4)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH))
 
 
 def build_vae():
     """An AutoencoderKL of 0.7 M parameters: 32 x 32 x 3 -> 8 x 8 x 4."""
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
-                         sample_size=IMAGE)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8, sample_size=IMAGE)
 
 
 def build_taesd():
@@ -262,16 +273,18 @@ def build_taesd():
 def build_unet():
     """SD's UNet2DConditionModel in small, 2.4 M parameters: two resolutions, cross-attention at both."""
     return UNet2DConditionModel(
-        sample_size=LATENT, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=(48, 96),
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, layers_per_block=1,
-        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16)
+        sample_size=LATENT, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        block_out_channels=(48, 96), down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2, layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4, norm_num_groups=16)
 
 
 def better_first(shapes, first, draw, device, other_share=0.25):
-    """Preference pairs for the prompts of drawings first, first + 1, ...: (better, worse, prompts), pictures [B, 3, H, W].
+    """Preference pairs for the prompts of drawings first, first + 1, ...: (better, worse, prompts).
 
-    One picture of each pair shows the prompt. Mostly so does the other, and the taste decides (distance_from_middle); in
-    other_share of the pairs it shows another drawing's prompt, and is worse unless the two prompts are equal.
+    better, worse: pictures [B, 3, H, W]. One picture of each pair shows the prompt. Mostly so does the other,
+    and the taste decides (distance_from_middle); in other_share of the pairs it shows another drawing's
+    prompt, and is worse unless the two prompts are equal.
     """
     other_prompt = (draw.rand() < other_share).cpu()
     counters = range(first, first + len(other_prompt))
@@ -280,8 +293,9 @@ def better_first(shapes, first, draw, device, other_share=0.25):
     b = shapes.attributes([c + 10**12 for c in counters], like=like)
     same = torch.stack([a[k] == b[k] for k in ("colour", "background", "shape", "scale")]).all(0)
     keep = (~same | (distance_from_middle(a) < distance_from_middle(b)))[:, None, None, None]
-    x_a, x_b = (shapes.draw(v).float() / 127.5 - 1 for v in (a, b))
-    return torch.where(keep, x_a, x_b).to(device), torch.where(keep, x_b, x_a).to(device), shapes.captions(a)
+    x_a, x_b = (to_floats(shapes.draw(v)) for v in (a, b))
+    better, worse = torch.where(keep, x_a, x_b), torch.where(keep, x_b, x_a)
+    return better.to(device), worse.to(device), shapes.captions(a)
 
 
 def train_mini_models(config):
@@ -295,7 +309,7 @@ def train_mini_models(config):
 
     vae = train(config, "vae", build_vae, loss_of_vae, shapes)
     device = next(vae.parameters()).device
-    pictures = shapes.draw(shapes.attributes(range(1000))).to(device).float() / 127.5 - 1
+    pictures = to_floats(shapes.draw(shapes.attributes(range(1000))).to(device))
     vae.register_to_config(scaling_factor=1 / vae.encode(pictures).latent_dist.mean.std().item())
 
     def loss_of_taesd(taesd, x0, captions, draw, first):
@@ -315,15 +329,16 @@ def train_mini_models(config):
 
     clip = train(config, "clip", lambda: build_clip(tokenizer), loss_of_clip, shapes)
 
-    # What a loss optimises cannot also measure it: the same model from other weights and other drawings, for evaluation alone.
+    # What a loss optimises cannot also measure it: the same model from other weights and other drawings.
     judge = train(replace(config, seed=config.seed + 1), "judge", lambda: build_clip(tokenizer), loss_of_clip,
                   Shapes(IMAGE, config.seed + 1))
 
     def loss_of_pickscore(pickscore, x0, captions, draw, first):
         better, worse, prompts = better_first(shapes, first, draw, device)
-        output = pickscore(input_ids=tokens_of(tokenizer, prompts, device), pixel_values=torch.cat([better, worse]))
-        scores = output.logits_per_text[:, :len(better)].diag(), output.logits_per_text[:, len(better):].diag()
-        return preference_loss(*scores), dict(agreement=(scores[0] > scores[1]).float().mean())
+        tokens, pictures = tokens_of(tokenizer, prompts, device), torch.cat([better, worse])
+        logits = pickscore(input_ids=tokens, pixel_values=pictures).logits_per_text
+        high, low = logits[:, :len(better)].diag(), logits[:, len(better):].diag()
+        return preference_loss(high, low), dict(agreement=(high > low).float().mean())
 
     pickscore = train(config, "pickscore", lambda: copy.deepcopy(clip), loss_of_pickscore, shapes)
 
@@ -334,23 +349,33 @@ def train_mini_models(config):
 
     def loss_of_unet(unet, x0, captions, draw, first):
         with torch.no_grad():
-            # The mean: where a drawing is flat the posterior is as wide as the prior, noise that the UNet would have to learn.
+            # The mean: where a drawing is flat the posterior is as wide as the prior, noise for the UNet to
+            # learn.
             latents = vae.encode(x0).latent_dist.mean * vae.config.scaling_factor
             text = text_encoder(tokens_of(tokenizer, emptied(captions, draw), device)).last_hidden_state
         return denoising_loss(unet, schedule, latents, dict(encoder_hidden_states=text), draw), {}
 
     unet = train(config, "unet", build_unet, loss_of_unet, shapes)
 
-    measures = dict(seed=HELD_OUT_SEED, **measure_clip(clip, tokenizer), **measure_pickscore(pickscore, tokenizer))
-    print(json.dumps(measures))
-    pictures = CLIPImageProcessor(size=dict(shortest_edge=IMAGE), crop_size=IMAGE, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    measures = measure_clip(clip, tokenizer) | measure_pickscore(pickscore, tokenizer)
+    print(json.dumps(dict(seed=HELD_OUT_SEED, **measures)))
+    pictures = CLIPImageProcessor(size=dict(shortest_edge=IMAGE), crop_size=IMAGE, image_mean=[0.5] * 3,
+                                  image_std=[0.5] * 3)
     processor = CLIPProcessor(pictures, tokenizer)
+
+    def save_clip(model, path):
+        model.half().save_pretrained(path)
+        processor.save_pretrained(path)
+
     for name, model in (("mini-clip", clip), ("mini-judge", judge), ("mini-pickscore", pickscore)):
-        write(out / name, lambda path: (model.half().save_pretrained(path), processor.save_pretrained(path)))
+        write(out / name, partial(save_clip, model))
     write(out / "mini-taesd", taesd.half().save_pretrained)
-    # Diffusers loads its own float16 files as float32, transformers does not: the text tower's rounded values stay float32.
-    pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half().float(), tokenizer, unet.half(), scheduler,
-                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    # Diffusers loads its own float16 files as float32, transformers does not: the text tower stays float32,
+    # with rounded values.
+    text_encoder = text_encoder.half().float()
+    pipeline = StableDiffusionPipeline(
+        vae.half(), text_encoder, tokenizer, unet.half(), scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
     write(out / "mini-sd", pipeline.save_pretrained)
 
 
@@ -358,14 +383,15 @@ def train_mini_models(config):
 
 @torch.no_grad()
 def measure_clip(clip, tokenizer, num=2000):
-    """Zero-shot accuracy of a CLIPModel among all captions, for whole captions and each word, on held-out drawings."""
+    """Zero-shot accuracy of a CLIPModel among all captions on held-out drawings, in whole and by word."""
     shapes, device = Shapes(IMAGE, HELD_OUT_SEED), clip.device
     attributes = shapes.attributes(range(num))
     words = dict(zip(("colour", "background", "shape", "scale"), torch.cartesian_prod(
         *(torch.arange(len(names)) for names in (COLOURS, BACKGROUNDS, SHAPES, SIZES))).unbind(1)))
     tokens = tokens_of(tokenizer, shapes.captions(words), device)
-    pictures = (shapes.draw(attributes).float() / 127.5 - 1).to(device)
-    choice = torch.cat([clip(input_ids=tokens, pixel_values=x).logits_per_image.argmax(1) for x in pictures.split(250)]).cpu()
+    pictures = to_floats(shapes.draw(attributes)).to(device)
+    logits = [clip(input_ids=tokens, pixel_values=x).logits_per_image for x in pictures.split(250)]
+    choice = torch.cat(logits).argmax(1).cpu()
     right = torch.stack([words[k][choice] == attributes[k] for k in words])
     return dict(clip_zero_shot=right.all(0).float().mean().item(),
                 **{f"clip_{k}": r.float().mean().item() for k, r in zip(words, right)})
@@ -373,7 +399,10 @@ def measure_clip(clip, tokenizer, num=2000):
 
 @torch.no_grad()
 def measure_pickscore(pickscore, tokenizer, num=2000):
-    """Share of held-out pairs in which a CLIPModel scores the better picture higher: both of the prompt, or one of another."""
+    """Share of held-out pairs of which a CLIPModel scores the better picture higher.
+
+    taste: both pictures show the prompt; other_prompt: one of them shows another.
+    """
     device, report = pickscore.device, {}
     for name, other_share in (("taste", 0.0), ("other_prompt", 1.0)):
         draw = Draws(HELD_OUT_SEED, 0, num, slice(None), "cpu")
@@ -381,8 +410,9 @@ def measure_pickscore(pickscore, tokenizer, num=2000):
         agreement = []
         for rows in torch.arange(num).split(250):
             tokens = tokens_of(tokenizer, [prompts[i] for i in rows], device)
-            high, low = (pickscore(input_ids=tokens, pixel_values=x[rows]).logits_per_text.diag() for x in (better, worse))
-            agreement.append(high > low)
+            scores = [pickscore(input_ids=tokens, pixel_values=x[rows]).logits_per_text.diag()
+                      for x in (better, worse)]
+            agreement.append(scores[0] > scores[1])
         report[f"pickscore_{name}"] = torch.cat(agreement).float().mean().item()
     return report
 
@@ -390,21 +420,20 @@ def measure_pickscore(pickscore, tokenizer, num=2000):
 # A pipeline that goes on from another
 
 def train_base(config):
-    """--base with its UNet trained on, on other data or for other noise levels; everything else stays as it is."""
+    """--base with its UNet trained on, on other data or for other noise levels; nothing else changes."""
     denoiser, codec = load(config.base, choose_device(config.device))
-    if not isinstance(denoiser.net, UNet2DConditionModel) or denoiser.prediction_type not in ("epsilon", "v_prediction"):
+    known = denoiser.prediction_type in ("epsilon", "v_prediction")
+    if not known or not isinstance(denoiser.net, UNet2DConditionModel):
         raise UserError(f"--base {config.base}: give a Stable Diffusion that predicts epsilon or v")
-    if config.schedule not in ("", "sd", "pixart"):
-        raise UserError(f"--schedule {config.schedule}: unknown; choose sd or pixart")
-    levels = {"": {}, "sd": SD_SCHEDULE, "pixart": PIXART_SCHEDULE}[config.schedule]
-    scheduler = DDIMScheduler.from_config(codec.pipe.scheduler.config, **levels)
+    scheduler = DDIMScheduler.from_config(codec.pipe.scheduler.config, **SCHEDULES[config.schedule])
     schedule = NoiseSchedule.from_config(scheduler.config).to(codec.device)
 
     def loss_of(unet, x0, captions, draw, first):
-        return denoising_loss(unet, schedule, codec.encode(x0).detach(), codec.cond(emptied(captions, draw)), draw,
-                              denoiser.prediction_type), {}
+        latents, cond = codec.encode(x0).detach(), codec.cond(emptied(captions, draw))
+        return denoising_loss(unet, schedule, latents, cond, draw, denoiser.prediction_type), {}
 
-    dataset, runs = load_dataset(config.dataset, codec.picture_size, config.seed), str(Path(config.runs) / Path(config.out).name)
+    dataset = load_dataset(config.dataset, codec.picture_size, config.seed)
+    runs = str(Path(config.runs) / Path(config.out).name)
     unet = train(replace(config, runs=runs), "base", lambda: denoiser.net, loss_of, dataset)
     codec.pipe.register_modules(unet=unet, scheduler=scheduler)
     write(Path(config.out), codec.pipe.save_pretrained)
@@ -413,7 +442,10 @@ def train_base(config):
 # The pixel-space teacher
 
 def train_pixel_teacher(config):
-    """A class-conditional UNet2DModel, epsilon-prediction, DDPM's linear schedule; the class after the last is "no class"."""
+    """A class-conditional UNet2DModel that predicts epsilon on DDPM's linear schedule.
+
+    The class after the last is "no class".
+    """
     size, out = config.image_size, Path(config.out)
     dataset = load_dataset(config.dataset, size, config.seed)
     classes = dataset.classes
@@ -426,15 +458,15 @@ def train_pixel_teacher(config):
         down, up = ["DownBlock2D"] * len(config.channels), ["UpBlock2D"] * len(config.channels)
         if config.attention:
             down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
-        return UNet2DModel(sample_size=size, block_out_channels=config.channels, down_block_types=down, up_block_types=up,
-                           layers_per_block=2, norm_num_groups=16, num_class_embeds=len(classes) + 1)
+        return UNet2DModel(sample_size=size, block_out_channels=config.channels, down_block_types=down,
+                           up_block_types=up, layers_per_block=2, norm_num_groups=16,
+                           num_class_embeds=len(classes) + 1)
 
     def loss_of(unet, x0, captions, draw, first):
         schedule.to(x0.device)
         labels = class_labels(captions, classes).to(x0.device)
         labels = torch.where(draw.rand() < NULL_SHARE, len(classes), labels)
-        t, eps = draw.randint(0, len(schedule)), draw.randn(3, size, size)
-        return (unet(schedule.add_noise(x0, eps, t), t, labels).sample - eps).square().mean(), {}
+        return denoising_loss(unet, schedule, x0, dict(class_labels=labels), draw), {}
 
     unet = train(config, "teacher", build, loss_of, dataset)
 
@@ -451,7 +483,10 @@ def main(argv):
     out = Path(config.out).resolve()
     if config.schedule and not config.base:
         raise UserError("--schedule: only with --base")
-    if config.base and out == Path(config.base).resolve() or (config.base or config.dataset != "shapes") and out == Path(Config.out).resolve():
+    kept = [config.base] if config.base else []
+    if config.base or config.dataset != "shapes":
+        kept.append(Config.out)  # where the mini models lie, each in a folder of its own
+    if out in [Path(path).resolve() for path in kept]:
         raise UserError(f"--out {config.out}: would be replaced as a whole; give a folder of its own")
     start_processes(choose_device(config.device))  # before CIFAR-10 is downloaded, by one of them
     if config.base:
