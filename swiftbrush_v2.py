@@ -101,11 +101,11 @@ class Config(RunFlags):
     rank_b: int = flag(256, "of student B; paper: 256", least=1)
     alpha_b: int = flag(512, "of student B; paper: 512", least=1)
 
-    prediction: str = flag("", "prediction type of the students: that of their start (paper: epsilon), "
-                           "or epsilon or v_prediction, converted first",
+    prediction: str = flag("", "prediction type of the students: empty: that of their start "
+                           "(paper: epsilon); or epsilon or v_prediction, converted first",
                            choices=("", "epsilon", "v_prediction"))
-    convert_iterations: int = flag(150, "of the conversion, a regression onto the old x0 at the last "
-                                   "timestep", least=1)
+    convert_iterations: int = flag(150, "of the conversion, a regression onto the old x0 "
+                                   "at the last timestep", least=1)
     convert_lr: float = flag(1e-5, "of the conversion", above=0)
     convert_clamp: float = flag(4.0, "the old x0 at the last timestep is clamped to +- this", above=0)
 
