@@ -111,18 +111,26 @@ def random_vgg(patched):
     return layers
 
 
-def ranks(number, function, *arguments, timeout=250):
-    """function(*arguments) in that many processes of one group, in the environment that torchrun gives them.
+def forking():
+    """Multiprocessing whose processes are forked from one that has imported the scripts, once for all tests.
 
-    They are forked from a process that has imported the scripts, once for all tests; a process of its own
-    takes seconds for that. function and arguments are pickled. One that fails ends them all.
+    A new process would take seconds for that. Functions and their arguments are pickled.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers", "tiny"])
     with pytest.MonkeyPatch.context() as patched:
-        # The server looks for its preload there alone, and goes on without a word if it finds nothing.
+        # Python 3.11 does not tell it sys.path, and it goes on without a word if it finds no module.
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def ranks(number, function, *arguments, timeout=250):
+    """function(*arguments) in that many processes of one group, in the environment that torchrun gives them.
+
+    One that fails ends them all. The function and its arguments are pickled.
+    """
+    context = forking()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
