@@ -1,5 +1,4 @@
-"""What a reader of a method needs besides the method: nothing here belongs to one of them, or to a run's
-machinery.
+"""The parts that all methods share and a reader of a method needs; a run's machinery is in plumbing/.
 
 One convention everywhere: x_t = alpha_t x0 + sigma_t eps, alpha_t = sqrt(alphas_cumprod[t]), alpha_t^2 +
 sigma_t^2 = 1. x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients
@@ -36,8 +35,7 @@ class UserError(Exception):
 
 # Noise schedule
 
-
-# The entries of a diffusers scheduler config that say what the noise levels are.
+# The entries of a diffusers scheduler config that define the noise levels.
 BETA_NAMES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
               "rescale_betas_zero_snr")
 
@@ -61,9 +59,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config):
-        """config: a diffusers scheduler config (a dict or a scheduler's .config), of which only the betas
-        matter.
-        """
+        """From a diffusers scheduler config (a dict or a scheduler's .config); only its betas matter."""
         betas = {name: config[name] for name in BETA_NAMES if name in config}
         return cls(diffusers.DDPMScheduler(**betas).alphas_cumprod)
 
@@ -125,9 +121,8 @@ class NoiseSchedule:
 
 # Denoiser
 
-
 class Denoiser:
-    """A diffusers network, its schedule and what it predicts, seen as one function of (x_t, t, condition).
+    """A diffusers network, its schedule and its prediction type, as one function of (x_t, t, condition).
 
     net: UNet2DModel, UNet2DConditionModel or PixArtTransformer2DModel; the condition is a dict of the
     network's own keyword arguments, so that one call serves them all. adapter: the LoRA that is on in this
@@ -165,18 +160,14 @@ class Denoiser:
         return Denoiser(self.net, self.schedule, self.prediction_type, name)
 
     def trainable(self):
-        """What of it is trained, by name: the weights of its adapter, or those of the net that are not
-        frozen.
-        """
+        """The trained weights by name: those of the adapter, or those of the net that are not frozen."""
         return Weights((name, p) for name, p in self.net.named_parameters() if p.requires_grad
                        and (f".{self.adapter}." in name if self.adapter else "lora_" not in name))
 
 
 @contextmanager
 def frozen(network):
-    """Inside the with block no parameter of the network gets a gradient; gradients still flow through to its
-    input.
-    """
+    """Inside the with block no parameter of the network gets a gradient, but its input still does."""
     trained = [p for p in network.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
@@ -189,10 +180,10 @@ def frozen(network):
 
 @torch.no_grad()
 def ddim_sample(denoiser, x_T, steps, cond=None, null=None, guidance_scale=1.0):
-    """Deterministic DDIM from x_T [B, C, H, W] to x0 in `steps` steps, spaced like diffusers' "trailing",
-    ending at alpha = 1.
+    """Deterministic DDIM from x_T [B, C, H, W] to x0 in `steps` steps.
 
-    With one step it is the one-step prediction at the last timestep.
+    They are spaced like diffusers' "trailing" and end at alpha = 1. One step is the one-step prediction at
+    the last timestep.
     """
     schedule, T = denoiser.schedule, len(denoiser.schedule)
     timesteps = [round(T - i * T / steps) - 1 for i in range(steps)]
@@ -207,15 +198,12 @@ def ddim_sample(denoiser, x_T, steps, cond=None, null=None, guidance_scale=1.0):
 
 
 def one_step(student, z, cond):
-    """f_theta(z, y), the one-step picture: z ~ N(0, I) [B, C, H, W] -> x0, from the last timestep, without
-    guidance.
-    """
+    """f_theta(z, y), the one-step picture: z ~ N(0, I) [B, C, H, W] -> x0, at the last timestep, unguided."""
     t = torch.full((len(z),), len(student.schedule) - 1, device=z.device)
     return student.predict(z, t, "sample", cond)
 
 
 # Sampling
-
 
 class Draws:
     """The random numbers of one iteration: a function of (seed, iteration) alone.
@@ -272,7 +260,7 @@ class InformativePrior:
 
     @classmethod
     def read(cls, folder, device="cpu"):
-        """What save() wrote into the folder, or None if there is none."""
+        """The prior that save() wrote into the folder, or None if there is none."""
         path = Path(folder) / cls.FILE
         return cls(**load_file(path, str(device))) if path.is_file() else None
 
@@ -283,9 +271,7 @@ def chunk_for(codec):
 
 
 def chunks_of(prompts, codec, seed):
-    """Yields (prompts, noise [n, C, H, W]) for chunks of pictures; drawn on the CPU, the same on every
-    device.
-    """
+    """Yields (prompts, noise [n, C, H, W]) of chunks; noise drawn on the CPU, the same on every device."""
     chunk = chunk_for(codec)
     for first in range(0, len(prompts), chunk):
         y = prompts[first:first + chunk]
@@ -301,7 +287,7 @@ def draw_samples(student, codec, prompts, seed):
 
 @torch.no_grad()
 def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
-    """The same from the same noise by a teacher's DDIM."""
+    """The pictures that a teacher's DDIM draws from the noise of draw_samples."""
     pictures = []
     for y, z in chunks_of(prompts, codec, seed):
         x0 = ddim_sample(teacher, z, steps, codec.cond(y), codec.null(len(y)), guidance_scale)
@@ -311,19 +297,17 @@ def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
 
 # Features of half a UNet
 
-
 class HalfUNet(torch.nn.Module):
-    """The down and mid blocks of a UNet2DConditionModel as features: YOSO's perceptual distance and
-    discriminator.
+    """The down and mid blocks of a UNet2DConditionModel, as features for YOSO's distance and discriminator.
 
-    A copy of that half of `unet`, which is left as it is; with `share`, its weights stay unet's own. A LoRA
-    that unet is given later is not in it.
+    The half is a copy, and `unet` is left as it is; with `share`, the weights stay unet's own. A LoRA that
+    unet is given later is not in the half.
     """
 
     def __init__(self, unet, share=False):
         super().__init__()
-        # What memo names is replaced instead of copied; diffusers' own forward then ends with the mid block's
-        # output.
+        # deepcopy replaces the parts in memo instead of copying them; diffusers' own forward then ends with
+        # the mid block's output.
         memo = {id(unet.up_blocks): torch.nn.ModuleList(), id(unet.conv_norm_out): None,
                 id(unet.conv_out): torch.nn.Identity()}
         if share:
@@ -331,18 +315,14 @@ class HalfUNet(torch.nn.Module):
         self.unet = copy.deepcopy(unet, memo)
 
     def forward(self, x_t, t, cond):
-        """x_t [B, C, H, W], t [B], cond a dict -> features [B, C', H', W'] (SD 1.5 at 64 x 64: 1280 x 8 x 8).
-        """
+        """x_t [B, C, H, W], t [B], cond -> features [B, C', H', W'] (SD 1.5 at 64 x 64: 1280 x 8 x 8)."""
         return self.unet(x_t, timestep=t, **cond).sample
 
 
 # EMA
 
-
 class EMA:
-    """Exponential moving average of the trainable ones of the parameters (name, parameter): a named float32
-    copy.
-    """
+    """Exponential moving average, in float32, of the trainable ones among (name, parameter) pairs."""
 
     def __init__(self, parameters, decay):
         self.decay, self.parameters = decay, {name: p for name, p in parameters if p.requires_grad}
@@ -380,16 +360,15 @@ class EMA:
 
 # Distances
 
-
 def squared_distance(a, b):
     """d = mean squared difference of each pair: [B, C, H, W] twice -> [B]."""
     return (a - b).square().mean((1, 2, 3))
 
 
 def load_distance(name, device):
-    """"l2" or "lpips" (VGG, of pictures enlarged to 224 pixels) -> (features, distance): d(a, b) [B] is
-    distance(features(a), features(b)), in two halves, for a picture's features may serve several distances.
+    """"l2" or "lpips" (VGG, of pictures enlarged to 224 pixels) -> (features, distance).
 
+    d(a, b) [B] is distance(features(a), features(b)); a picture's features may serve several distances.
     Raises UserError if the VGG weights cannot be fetched.
     """
     if name == "l2":
@@ -414,7 +393,6 @@ def load_distance(name, device):
 
 # Conditions
 
-
 def map_cond(function, *conds):
     """Conditions -> a condition: function over the tensors of equal place; None stays None."""
     first = conds[0]
@@ -424,7 +402,7 @@ def map_cond(function, *conds):
 
 
 def part_of(value, rows):
-    """The rows of a tensor, a list or a condition; a number or None stays what it is."""
+    """The rows of a tensor, a list or a condition; a number or None is returned as it is."""
     if isinstance(value, dict):
         return map_cond(lambda v: v[rows], value)
     return value if value is None or isinstance(value, float) else value[rows]
@@ -448,11 +426,10 @@ def class_labels(prompts, classes):
 
 # Pretrained models
 
-
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline", "DDPMPipeline",
              "DDIMPipeline")
 PIXELS = PIPELINES[3:]
-# What a damaged or missing part makes the libraries raise.
+# The errors that the libraries raise where a part is damaged or missing.
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
@@ -462,18 +439,17 @@ def one_line(error):
 
 
 def load(path_or_id, device="cpu", lora=""):
-    """A pretrained diffusers pipeline, from a directory or the hub -> (Denoiser, Codec), float32, frozen, in
-    eval mode.
+    """A pretrained diffusers pipeline, a directory or a hub id -> (Denoiser, Codec), frozen float32.
 
     SD 1.5, 2.1, SDXL, PixArt-alpha, this project's exports, or a UNet2DModel in pixel space
-    (`google/ddpm-cifar10-32`; with classes, their names lie beside it in classes.json). lora: directory or
-    file of LoRA weights that are merged into the network. Raises UserError if the pipeline cannot be loaded
-    or is of another class.
+    (`google/ddpm-cifar10-32`; with classes, their names stand beside the pipeline in classes.json). lora:
+    directory or file of LoRA weights that are merged into the network. All parts are in eval mode. Raises
+    UserError if the pipeline cannot be loaded or is of another class.
     """
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
     name = pipeline_class(path_or_id)
-    # The safety checker is a network of its own that training has no use for.
+    # The safety checker is a network of its own, of no use for training.
     no_checker = dict(safety_checker=None, requires_safety_checker=False)
     try:
         pipe = getattr(diffusers, name).from_pretrained(
@@ -498,8 +474,9 @@ def load(path_or_id, device="cpu", lora=""):
 
 
 def pipeline_class(path_or_id):
-    """The name of a pipeline's class, from its model_index.json; raises UserError where `load` would fail on
-    it.
+    """The name of a pipeline's class, from its model_index.json.
+
+    Raises UserError on a pipeline that `load` cannot load.
     """
     local, name = Path(path_or_id).is_dir(), str(path_or_id)
     if not local and (Path(path_or_id).exists() or name.count("/") != 1 or name.startswith((".", "/"))):
@@ -531,7 +508,7 @@ def cannot_load(path_or_id, error):
 
 
 class Codec:
-    """What surrounds a network: prompts -> its condition, pictures <-> its x0.
+    """The input and output sides of a network: prompts -> its condition, pictures <-> its x0.
 
     pipe: the pipeline (its parts are used: tokenizers, text encoders, VAE). x0 has the shape [B,
     *self.shape]: latents, or the pictures themselves for a pixel-space model, whose condition is the class
@@ -547,8 +524,8 @@ class Codec:
         self.picture_size = self.shape[-1] * (pipe.vae_scale_factor if self.vae is not None else 1)
         self.guided = self.name not in PIXELS or net.config.num_class_embeds is not None
         if self.vae is None and self.guided and classes is None:
-            # A published class-conditional network without names: prompts name the class by its number; the
-            # last is "none".
+            # A published class-conditional network without names: prompts name a class by its number, and the
+            # last class is "none".
             self.classes = [str(i) for i in range(net.config.num_class_embeds - 1)]
         self.has_null = self.guided and (self.vae is not None
                                          or net.config.num_class_embeds > len(self.classes))
@@ -557,8 +534,9 @@ class Codec:
 
     @torch.no_grad()
     def cond(self, prompts):
-        """Prompts -> the condition, batch B. Raises UserError if a prompt names no class of a class-
-        conditional model.
+        """Prompts -> the condition, batch B.
+
+        Raises UserError if a prompt names no class of a class-conditional model.
         """
         if self.cache:
             return self.cache(prompts)
@@ -586,8 +564,9 @@ class Codec:
 
     @torch.no_grad()
     def null(self, n):
-        """The empty condition of guidance for a batch of n: the empty prompt, SDXL's zero embeddings, the
-        class "none".
+        """The empty condition for guidance, of a batch of n.
+
+        It is the empty prompt, for SDXL zero embeddings, for classes the class "none".
         """
         if self.vae is None:
             none = torch.full((n,), len(self.classes or ()), device=self.device)
@@ -600,9 +579,7 @@ class Codec:
         return map_cond(lambda v: v.expand(n, *v.shape[1:]), null)
 
     def encode(self, images):
-        """Pictures -> x0 [B, *shape], the mean of the VAE's posterior; what is an x0 already stays what it
-        is.
-        """
+        """Pictures -> x0 [B, *shape], the mean of the VAE's posterior; an x0 is returned as it is."""
         if self.vae is None or images.shape[1:] == self.shape:
             return images
         output = self.vae.encode(images)
@@ -618,8 +595,9 @@ class Codec:
         return 120 if self.pipe.tokenizer.model_max_length > 120 else self.pipe.tokenizer.model_max_length
 
     def warn_of_long(self, prompts):
-        """One line on stderr if prompts are longer than the text encoder takes; they are cut. Of many, some
-        thousands are looked at.
+        """One line on stderr if prompts are longer than the text encoder takes, which cuts them.
+
+        Of many prompts, some thousands are looked at.
         """
         tokenizer = getattr(self.pipe, "tokenizer", None)
         if tokenizer is None:
@@ -648,13 +626,12 @@ def load_decoder(path_or_id, codec):
         with torch.no_grad():  # other latents fail here, not after the warm-ups
             tiny.decode(torch.zeros(1, *codec.shape, device=codec.device))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"--decoder {path_or_id}: cannot be loaded ({one_line(error)}); give a local directory "
-                        "of an AutoencoderTiny, or an empty one for the model's own decoder")
+        raise UserError(f"--decoder {path_or_id}: cannot be loaded ({one_line(error)}); give a local "
+                        "directory of an AutoencoderTiny, or an empty one for the model's own decoder")
     return lambda x0: tiny.decode(x0).sample
 
 
 # LoRA
-
 
 # Attention, feed-forward and convolutions, as the authors of YOSO chose them.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
@@ -663,10 +640,10 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.n
 
 
 def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
-    """Adds the LoRA `name` to a frozen network, which starts as no change; returns its parameters, by name.
+    """Adds the LoRA `name`, which starts as no change, to a frozen network; returns its parameters by name.
 
-    It acts inside `use_lora(net, name)`, and in a Denoiser with that adapter. The network's own weights stay
-    frozen.
+    The LoRA acts inside `use_lora(net, name)`, and in a Denoiser with that adapter. The network's own weights
+    stay frozen.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     with warnings.catch_warnings():
@@ -680,16 +657,17 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     net.lora_layers = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
     for layer in net.lora_layers:
         layer._disable_adapters = True
-    # peft's own switches also switch requires_grad, and a gradient is then lost without a word: set it once,
-    # for all adapters.
+    # peft's own switches also switch requires_grad, and a gradient is then lost without a word: requires_grad
+    # is set here once, for all adapters.
     for key, parameter in net.named_parameters():
         parameter.requires_grad_("lora_" in key)
     return Weights((key, p) for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key)
 
 
 def check_targets(net, targets):
-    """Raises UserError if none of a LoRA's targets is a layer of the network, whose layers differ from class
-    to class.
+    """Raises UserError if none of a LoRA's targets is a layer of the network.
+
+    Layers have other names in other classes of networks.
     """
     if not any(f".{name}".endswith(f".{target}") for name, _ in net.named_modules() for target in targets):
         raise UserError(f"--lora-targets {' '.join(targets)}: the network has no such layer")
@@ -707,12 +685,12 @@ class Weights(dict):
     """Parameters by name, as a part of a checkpoint."""
 
     def state_dict(self):
-        """Itself, without the graph."""
+        """The parameters by name, without the graph."""
         return {name: p.detach() for name, p in self.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Takes what state_dict() gave; raises KeyError if a name is missing."""
+        """Copies the values that state_dict() gave; raises KeyError if a name is missing."""
         for name, p in self.items():
             p.copy_(state[name])
 
@@ -734,10 +712,9 @@ def use_lora(net, name):
 
 
 def enable_checkpointing(net):
-    """Gradient checkpointing whose recomputation in the backward pass uses the adapter of the forward pass.
-    """
+    """Gradient checkpointing whose recomputation in the backward pass uses the forward pass's adapter."""
     def checkpoint(module, *args):
-        """What a block calls in place of module(*args)."""
+        """Blocks call this in place of module(*args)."""
         layers = getattr(net, "lora_layers", ())
         if not layers:  # torch.compile does not take a context_fn
             return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False)
@@ -749,8 +726,9 @@ def enable_checkpointing(net):
 
 
 def merge_lora_file(pipe, path):
-    """LoRA weights of a file or directory, merged into the pipeline's network. Raises UserError if they do
-    not fit.
+    """Merges the LoRA weights of a file or directory into the pipeline's network.
+
+    Raises UserError if they do not fit.
     """
     try:
         if hasattr(pipe, "load_lora_weights"):
@@ -767,7 +745,6 @@ def merge_lora_file(pipe, path):
 
 
 # Scorers
-
 
 SCORERS = {
     "clip": ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
@@ -812,10 +789,9 @@ class Scorer:
 
 
 def load_scorer(name, device="cpu"):
-    """"clip", "pickscore", "hps" (HPS v2.1), or a directory or hub id of a CLIPModel with its processor ->
-    Scorer, frozen.
+    """The Scorer, frozen, of "clip", "pickscore", "hps" (HPS v2.1), or a CLIPModel with its processor.
 
-    Raises UserError if it cannot be loaded.
+    The latter is given by directory or hub id. Raises UserError if the model cannot be loaded.
     """
     try:
         if name == "hps":
