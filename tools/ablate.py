@@ -1,13 +1,14 @@
-"""The papers' ablations in small: every arm and seed as one JSON row; run it again to go on where it stopped.
+"""The papers' ablations in small: each arm and seed is a JSON row; run it again to go on where it stopped.
 
-    python tools/ablate.py yoso --seeds 0 1 2 --iterations 2500 --jobs 2      YOSO's Table 1, from scratch on shapes
-    python tools/ablate.py swiftbrush_v2 --seeds 0 1 2                        SwiftBrush v2's Table 5, on the mini model
-    python tools/ablate.py diff_instruct_star --seeds 0 1 2                   Diff-Instruct*'s Table 2, from SwiftBrush v2's student
-    python tools/ablate.py yoso_t2i --seeds 0 1 2                             YOSO as a fine-tune of the adapted mini model
-    python tools/ablate.py yoso_pixart --seeds 0                              its Figures 3 and 7, on tools/pretrain.py's runs/mini-linear
-    python tools/ablate.py yoso --table                                       only print the table of the rows that exist
+    python tools/ablate.py yoso --seeds 0 1 2 --jobs 2         YOSO's Table 1, from scratch on shapes
+    python tools/ablate.py yoso_t2i --seeds 0 1 2              its fine-tuning, of the adapted mini model
+    python tools/ablate.py yoso_pixart --seeds 0               Figures 3 and 7, on pretrain.py's mini-linear
+    python tools/ablate.py swiftbrush_v2 --seeds 0 1 2         SwiftBrush v2's Table 5, on the mini model
+    python tools/ablate.py diff_instruct_star --seeds 0 1 2    Diff-Instruct*'s Table 2, from SwiftBrush's
+    python tools/ablate.py yoso --table                        only the table of the rows that exist
 
-Each arm is the method's script with the flags below and nothing else changed, measured by tools/evaluate.py on one-step samples.
+Each arm is the method's script with the flags below and nothing else changed, measured by tools/evaluate.py
+on one-step samples.
 """
 
 import argparse
@@ -18,27 +19,29 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from evaluate import evaluate
 
 from common import UserError
 from plumbing.cli import run_command
 
-# What an arm changes. The distillations' arms also say whether the seed's arms share a folder, so that merges find their students,
-# and which pipeline below it is measured; an arm without flags trains nothing: the teacher, or the student that all start from.
+# What an arm changes: its flags, the folder that arms of a seed share (so that merges find their students;
+# None: one of its own), and which pipeline below it is measured (None: the run itself). An arm without flags
+# trains nothing: the teacher, or the student that all start from.
+LENGTH = ["--iterations", "{iterations}"]
 YOSO = {
-    "yoso": ["--iterations", "{iterations}"],
-    "no consistency": ["--iterations", "{iterations}", "--lambda-con", "0"],
-    "LPIPS": ["--iterations", "{iterations}", "--distance", "lpips"],
-    "D_adv(p_d || p_t)": ["--iterations", "{iterations}", "--adversary", "data"],
-    "UFOGen": ["--iterations", "{iterations}", "--adversary", "ufogen"],
+    "yoso": (LENGTH, None, None),
+    "no consistency": ([*LENGTH, "--lambda-con", "0"], None, None),
+    "LPIPS": ([*LENGTH, "--rec-distance", "lpips", "--con-distance", "lpips"], None, None),
+    "D_adv(p_d || p_t)": ([*LENGTH, "--adversary", "data"], None, None),
+    "UFOGen": ([*LENGTH, "--adversary", "ufogen"], None, None),
 }
 MODEL, CLIP, JUDGE, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", "assets/mini-judge", 2.0
 REWARD = "assets/mini-pickscore"
-# All arms of a seed go on from one adapted model, which the first makes; D and the features are the original's.
-FINE_TUNE = ["--model", "{out}/adapted-alone-seed{seed}/adapt-2/pipeline", "--preset", "shapes", "--discriminator", MODEL,
-             "--iterations", "{iterations}"]
+# All arms of a seed go on from one adapted model, which the first makes; D is made from the original.
+FINE_TUNE = ["--model", "{out}/adapted-alone-seed{seed}/adapt-2/pipeline", "--preset", "mini",
+             "--discriminator", MODEL, *LENGTH]
 YOSO_T2I = {
     "adapted alone": (["--model", MODEL, "--adapt", "--iterations", "1"], None, "adapt-2/pipeline"),
     "yoso": (FINE_TUNE, None, "pipeline"),
@@ -46,12 +49,14 @@ YOSO_T2I = {
     "no latent perceptual": ([*FINE_TUNE, "--con-distance", "l2"], None, "pipeline"),
     "D_adv(p_d || p_t)": ([*FINE_TUNE, "--adversary", "data"], None, "pipeline"),
 }
-LINEAR = ["--model", "runs/mini-linear", "--preset", "shapes", "--discriminator", MODEL]
+LINEAR = ["--model", "runs/mini-linear", "--preset", "mini", "--discriminator", MODEL]
 WAYS = {"epsilon": [], "adapted": ["--adapt"], "direct switch": ["--adapt", "--adapt-iterations", "0"]}
 # Each way is one run that goes on from count to count.
-YOSO_PIXART = {f"{way}, {n}": ([*LINEAR, *flags, "--iterations", str(n)], way.replace(" ", "-"), "pipeline")
-               for way, flags in WAYS.items() for n in (100, 200, 400, 800)}
-BUDGET = ["--iterations", "{iterations}", "--iterations-b", "{iterations}"]
+YOSO_PIXART = {
+    f"{way}, {n}": ([*LINEAR, *flags, "--iterations", str(n)], way.replace(" ", "-"), "pipeline")
+    for way, flags in WAYS.items() for n in (100, 200, 400, 800)}
+BUDGET = [*LENGTH, "--iterations-b", "{iterations}"]
+MERGE = [*BUDGET, "--stage", "merge", "--merge-lambda"]
 SWIFTBRUSH = {
     "teacher, 25 steps": (None, None, None),
     "v1: epsilon student": ([*BUDGET, "--stage", "a", "--prediction", "epsilon"], "v1", "a/pipeline"),
@@ -60,8 +65,9 @@ SWIFTBRUSH = {
     "B, naive CLIP": ([*BUDGET, "--stage", "b", "--tau", "1", "--no-clip-decay"], "b-naive", "b/pipeline"),
     "B, clamped": ([*BUDGET, "--stage", "b", "--no-clip-decay"], "b-clamped", "b/pipeline"),
     "B, clamped and scheduled": ([*BUDGET, "--stage", "b"], "shared", "b/pipeline"),
-    **{f"merged, lambda {x}": ([*BUDGET, "--stage", "merge", "--merge-lambda", x], "shared", "pipeline") for x in ("0.25", "0.5", "0.75")},
-    "A from a one-step model": ([*BUDGET, "--stage", "a", "--student", "{out}/shared-seed{seed}/pipeline"], "continued", "a/pipeline"),
+    **{f"merged, lambda {x}": ([*MERGE, x], "shared", "pipeline") for x in ("0.25", "0.5", "0.75")},
+    "A from a one-step model": ([*BUDGET, "--stage", "a", "--student", "{out}/shared-seed{seed}/pipeline"],
+                                "continued", "a/pipeline"),
     "merged, lambda 0.5, regularised": ([*BUDGET, "--regularise", "pairs"], "regularised", "pipeline"),
 }
 STUDENT = "runs/swiftbrush_v2/pipeline"
@@ -69,8 +75,9 @@ STUDENT = "runs/swiftbrush_v2/pipeline"
 
 def diff_instruct_arm(divergence, alpha_rew, alpha_cfg, *more):
     """A row of Table 2: its settings; alpha_rew is the mini model's, a tenth of the paper's."""
-    return ["--iterations", "{iterations}", "--student", STUDENT, "--divergence", divergence, "--alpha-rew", alpha_rew, "--alpha-cfg",
-            alpha_cfg, *more], None, "pipeline"
+    weights = ["--alpha-rew", alpha_rew, "--alpha-cfg", alpha_cfg]
+    flags = [*LENGTH, "--student", STUDENT, "--divergence", divergence, *weights, *more]
+    return flags, None, "pipeline"
 
 
 DIFF_INSTRUCT = {
@@ -83,38 +90,46 @@ DIFF_INSTRUCT = {
     "score 10, 4.5": diff_instruct_arm("score", "10", "4.5"),
     "score 10, 7.5, longer": diff_instruct_arm("score", "10", "7.5", "--iterations", "{longer}"),
 }
-ARMS = {"yoso": YOSO, "yoso_t2i": YOSO_T2I, "yoso_pixart": YOSO_PIXART, "swiftbrush_v2": SWIFTBRUSH, "diff_instruct_star": DIFF_INSTRUCT}
-ITERATIONS = {"yoso": 2500, "yoso_t2i": 600, "yoso_pixart": 800, "swiftbrush_v2": 400, "diff_instruct_star": 200}
+ARMS = {"yoso": YOSO, "yoso_t2i": YOSO_T2I, "yoso_pixart": YOSO_PIXART, "swiftbrush_v2": SWIFTBRUSH,
+        "diff_instruct_star": DIFF_INSTRUCT}
+# Of every run; the arms of yoso_pixart have their own.
+ITERATIONS = {"yoso": 2500, "yoso_t2i": 600, "yoso_pixart": 800, "swiftbrush_v2": 400,
+              "diff_instruct_star": 200}
+DISTANCE = {"frechet": "distance", "precision": "precision", "recall": "recall"}
+JUDGED = {"judge_frechet": "judge's distance", "judge_precision": "its precision",
+          "judge_recall": "its recall"}
+RIGHT, MINUTES = {"right": "all attributes right"}, {"minutes": "minutes"}
 COLUMNS = {
-    "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp", "precision": "precision",
-             "recall": "recall", "L_D": "L_D, last half", "minutes": "minutes"},
-    "yoso_t2i": {"frechet": "distance", "precision": "precision", "recall": "recall", "judge_frechet": "judge's distance",
-                 "judge_precision": "its precision", "judge_recall": "its recall", "right": "all attributes right", "minutes": "minutes"},
-    "yoso_pixart": {"frechet": "distance", "judge_frechet": "judge's distance", "judge_precision": "its precision",
-                    "judge_recall": "its recall", "right": "all attributes right", "background_error": "background's error"},
-    "swiftbrush_v2": {"frechet": "distance", "precision": "precision", "recall": "recall", "clip_score": "CLIP score",
-                      "judge_frechet": "judge's distance", "judge_precision": "its precision", "judge_recall": "its recall",
-                      "judge_score": "its score", "right": "all attributes right", "minutes": "minutes"},
-    "diff_instruct_star": {"reward_score": "reward", "judge_score": "probe (judge)", "clip_score": "CLIP score", "judge_frechet": "distance",
-                           "judge_precision": "precision", "judge_recall": "recall", "right": "all attributes right", "minutes": "minutes"},
+    "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp",
+             "precision": "precision", "recall": "recall", "L_D": "L_D, last half"} | MINUTES,
+    "yoso_t2i": DISTANCE | JUDGED | RIGHT | MINUTES,
+    "yoso_pixart": {"frechet": "distance"} | JUDGED | RIGHT | {"background_error": "background's error"},
+    "swiftbrush_v2": (DISTANCE | {"clip_score": "CLIP score"} | JUDGED | {"judge_score": "its score"}
+                      | RIGHT | MINUTES),
+    "diff_instruct_star": {"reward_score": "reward", "judge_score": "probe (judge)",
+                           "clip_score": "CLIP score", "judge_frechet": "distance",
+                           "judge_precision": "precision", "judge_recall": "recall"} | RIGHT | MINUTES,
 }
 
 
 def name_of(arm, seed):
     """The name of a row's files."""
-    return f"{arm.split('(')[0].strip().lower().replace(',', '').replace(':', '').replace(' ', '-')}-seed{seed}"
+    words = arm.split("(")[0].lower().replace(",", "").replace(":", "").split()
+    return f"{'-'.join(words)}-seed{seed}"
 
 
 def run_row(method, arm, seed, iterations, out, num):
     """Trains and measures one arm with one seed, unless its row exists; returns the row."""
     name = name_of(arm, seed)
     path = out / f"{name}.json"
-    arguments, folder, pipeline = (ARMS[method][arm], None, None) if method == "yoso" else ARMS[method][arm]
-    flags = [*(a.format(iterations=iterations, longer=3 * iterations, out=out, seed=seed) for a in arguments or ()), "--seed", str(seed)]
+    arguments, folder, pipeline = ARMS[method][arm]
+    values = dict(iterations=iterations, longer=3 * iterations, out=out, seed=seed)
+    flags = [*(argument.format(**values) for argument in arguments or ()), "--seed", str(seed)]
     if path.exists():
         row = json.loads(path.read_text())
         if (row["flags"], row["num"]) != (flags, num):
-            raise UserError(f"{path}: measured with {' '.join(row['flags'])} and {row['num']} samples; choose another --out")
+            raise UserError(f"{path}: measured with {' '.join(row['flags'])} and {row['num']} samples; "
+                            "choose another --out")
         return row
     row = dict(method=method, arm=arm, seed=seed, iterations=iterations, flags=flags)
     if "--iterations" in flags:
@@ -123,7 +138,8 @@ def run_row(method, arm, seed, iterations, out, num):
     if arguments is not None:
         with open(out / f"{name}.log", "a") as log:
             script = Path(__file__).parent.parent / f"{'yoso' if method.startswith('yoso') else method}.py"
-            code = subprocess.run([sys.executable, script, *flags, "--out", run], stdout=log, stderr=log).returncode
+            command = [sys.executable, script, *flags, "--out", run]
+            code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code:
             reason = (out / f"{name}.log").read_text().strip().splitlines()[-1]
             print(f"{name}: not run: {reason}", file=sys.stderr)
@@ -134,20 +150,22 @@ def run_row(method, arm, seed, iterations, out, num):
         half = [m["L_D"] for m in metrics if m["iteration"] > iterations / 2]
         row |= dict(L_D=sum(half) / len(half), **evaluate(run=run, num=num, seed=seed))
     else:
-        measured = dict(num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE, reward=REWARD)
         if pipeline or method == "diff_instruct_star":
-            one_step = dict(model=run / pipeline if pipeline else STUDENT, **(dict(nfe=1) if method.startswith("yoso_") else dict(steps=1)))
+            calls = dict(nfe=1) if method.startswith("yoso_") else dict(steps=1)
+            measured = dict(model=run / pipeline if pipeline else STUDENT, **calls)
         else:
-            one_step = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
-        row |= evaluate(**one_step, **measured)
+            measured = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
+        row |= evaluate(**measured, num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE, reward=REWARD)
     path.write_text(json.dumps(row, indent=1, default=str) + "\n")
     return row
 
 
 def logs_of(run, pipeline):
-    """The metrics of what was trained for a pipeline: of YOSO's run itself, of one stage, or of all stages of a merge."""
+    """The metrics of what was trained for a pipeline: of a run with all below it, or of one stage."""
     stage = Path(pipeline or "").parts[:1]
-    return [log for log in run.rglob("metrics.jsonl") if not pipeline or stage == ("pipeline",) or log.parent.name in (stage[0], "start", "adapt-1")]
+    if not pipeline or stage == ("pipeline",):
+        return list(run.rglob("metrics.jsonl"))
+    return [log for log in run.rglob("metrics.jsonl") if log.parent.name in (stage[0], "start", "adapt-1")]
 
 
 def minutes_of(log):
@@ -179,9 +197,10 @@ def main(argv):
     parser.add_argument("method", choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="default: all of the method's")
-    parser.add_argument("--iterations", type=int, default=0, help="of every run, an equal budget; default: 2500, 600, 400, 200; yoso_pixart has its own")
+    parser.add_argument("--iterations", type=int, default=0,
+                        help="of every run, an equal budget; default: that of the method")
     parser.add_argument("--num", type=int, default=2000, help="samples measured")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the CPU cores")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the cores")
     parser.add_argument("--out", type=Path, help="default: runs/ablate/METHOD")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
@@ -196,7 +215,8 @@ def main(argv):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         with ThreadPoolExecutor(args.jobs) as pool:
             # The arms of a seed run in their order: a merge needs its students.
-            list(pool.map(lambda seed: [run_row(args.method, arm, seed, iterations, out, args.num) for arm in arms], args.seeds))
+            list(pool.map(lambda seed: [run_row(args.method, arm, seed, iterations, out, args.num)
+                                        for arm in arms], args.seeds))
     print(table(args.method, [json.loads(p.read_text()) for p in sorted(out.glob("*.json"))]))
 
 
