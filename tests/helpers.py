@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,9 @@ import torchvision
 
 import plumbing.cli
 import yoso
+from common import Denoiser
 from plumbing.checkpoint import read_checkpoint
+from plumbing.run import Run
 from plumbing.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
@@ -190,3 +193,24 @@ def unexplained(*runs):
     keys = {key for lines in logs for line in lines for key in json.loads(line)}
     assert "iteration" in keys
     return sorted(key for key in keys if f"| `{key}` |" not in readme)
+
+
+def gaussian_denoiser(schedule, variance):
+    """A Denoiser that knows eps exactly, where the data are N(0, variance), whatever the condition."""
+    def net(x_t, timestep, **cond):
+        alpha, sigma = (v[timestep].view(-1, 1, 1, 1) for v in (schedule.alpha, schedule.sigma))
+        return SimpleNamespace(sample=sigma * x_t / (alpha**2 * variance + sigma**2))
+
+    return Denoiser(net, schedule, "epsilon")
+
+
+def stop_at(patched, name, iteration):
+    """Lets the runs whose folder has this name behave as after a SIGTERM in that iteration, from 1."""
+    finish_iteration = Run.finish_iteration
+
+    def stop(run, number, losses):
+        if (run.out.name, number + 1) == (name, iteration):
+            run.signal = signal.SIGTERM
+        return finish_iteration(run, number, losses)
+
+    patched.setattr(Run, "finish_iteration", stop)
