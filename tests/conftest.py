@@ -1,4 +1,4 @@
-"""What all tests share: the import path and the seed."""
+"""The import path, the options of pytest, and the seed of every test."""
 
 import os
 import sys
@@ -16,9 +16,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Two processes, if -n says nothing else (0 for a debugger); a file's tests stay in one, for they share its models.
+    """Two processes, if -n says nothing else (0 for a debugger).
 
-    The files come in their own order: by size test_shard.py would be last, alone.
+    A file's tests stay in one process, for they share the file's models. The files come in their own order:
+    by size test_shard.py would be last, alone.
     """
     if config.option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses, config.option.dist, config.option.loadscopereorder = 2, "loadfile", False

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import runpy
 import sys
 from dataclasses import dataclass
 
@@ -185,6 +186,15 @@ def test_one_process_a_machine_tells_the_error(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             plumbing.cli.run_command(main)
         assert stopped.value.code == 2 and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_file_is_the_command(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--lr", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script.__file__, run_name="__main__")
+    line = f"{script.__name__}.py: --lr 0.0: must be above 0\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("flags, words", [
