@@ -89,8 +89,8 @@ def test_latents_come_from_the_cache(pictures, tmp_path, monkeypatch, capsys):
 def test_a_fine_tune_on_the_cache(pictures, tmp_path):
     """The same losses to float16 as without it, and a complete pipeline."""
     tiny.sd().save_pretrained(tmp_path / "model")
-    argv = ["--model", str(tmp_path / "model"), "--dataset", str(pictures), "--preset", "mini", "--batch-size",
-            "4", "--iterations", "2", "--log-every", "1", "--prior-num", "4", "--device", "cpu", "--out"]
+    argv = ["--model", str(tmp_path / "model"), "--dataset", str(pictures), "--preset", "mini", "--device",
+            "cpu", "--batch-size", "4", "--iterations", "2", "--log-every", "1", "--prior-num", "4", "--out"]
     encoders = []
     for name, more in (("plain", []), ("cached", ["--cache-latents"])):
         yoso.main([*argv, str(tmp_path / name), *more])
