@@ -171,7 +171,7 @@ def test_d9_noise_predictions_are_the_weight_sigma():
 
 @pytest.mark.parametrize("choice, guided", [(2, 2 + 7.5 * (2 - 1)), (1, 2)])
 def test_the_guided_reference_and_the_plain_assistant(choice, guided):
-    """Choice 2 guides the reference, by s_c + alpha_cfg (s_c - s_null), and never the assistant; choice 1: none.
+    """Choice 2 guides the reference, by s_c + alpha_cfg (s_c - s_null), never the assistant; choice 1 none.
 
     The two networks differ, so that neither can stand in for the other.
     """

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from helpers import ALPHA, MU, SIGMA, A, B, M, S, equal, quadrature
+from helpers import ALPHA, MU, SIGMA, A, B, M, S, equal, gaussian_denoiser, quadrature
 
 import swiftbrush_v2 as sb
 from common import Denoiser, Draws, NoiseSchedule, ddim_sample, one_step
@@ -155,13 +155,8 @@ def test_conditions_are_interpolated_token_by_token():
 
 def test_ddim_inversion_leads_back():
     """Exact eps of data N(0, .25): inversion and DDIM give the data back, more closely with more steps."""
-    schedule = NoiseSchedule.from_config(tiny.SD_BETAS)
-
-    def exact(x, timestep):
-        alpha, sigma = (v[timestep].view(-1, 1, 1, 1) for v in (schedule.alpha, schedule.sigma))
-        return SimpleNamespace(sample=sigma * x / (0.25 * alpha**2 + sigma**2))
-
-    teacher, data = Denoiser(exact, schedule, "epsilon"), 0.5 * torch.randn(4, 4, 8, 8)
+    teacher = gaussian_denoiser(NoiseSchedule.from_config(tiny.SD_BETAS), 0.25)
+    data = 0.5 * torch.randn(4, 4, 8, 8)
     noise = [sb.ddim_invert(teacher, data, steps, {}) for steps in (25, 100)]
     errors = [(ddim_sample(teacher, z, steps, {}) - data).abs().mean() for z, steps in zip(noise, (25, 100))]
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.02
