@@ -586,8 +586,7 @@ def train_step(iteration, pictures, captions, config, run, models):
     parts = run.split(x0=x0, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps,
                       noise=noise, cond=cond, cond_d=cond_d)
 
-    # 2, 3. One forward of G(x_t, t) serves both updates. With several micro-batches that would keep all their
-    # graphs: there the generator's update repeats the forward.
+    # 2, 3. One forward of G(x_t, t) serves both updates; of several micro-batches this would keep all graphs.
     keep_graph = len(parts) == 1
     for p in parts:
         with run.autocast(), torch.set_grad_enabled(keep_graph):
@@ -614,8 +613,7 @@ def train_step(iteration, pictures, captions, config, run, models):
         return generator_loss(logits, *distances, *weights_of(config, G.schedule, p.t, p.t_con))
 
     with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
-    # R1 differentiates D twice; of attention's kernels only the plain one can be.
-    with sdpa_kernel(SDPBackend.MATH) if with_r1 else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if with_r1 else nullcontext():  # R1 differentiates attention twice
         scalars = run.descend(models.optimizer_d, parts, loss_D)
     with frozen(D):  # already updated; its graph carries the gradient to `fake`
         scalars |= run.descend(models.optimizer_g, parts, loss_G, config.clip_norm)
