@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from diffusers import DiffusionPipeline
 
 import plumbing.cli
 import yoso
-from common import Denoiser
+from common import Denoiser, load
 from plumbing.checkpoint import read_checkpoint
 from plumbing.run import Run
 from plumbing.shapes import Shapes
@@ -214,3 +216,30 @@ def stop_at(patched, name, iteration):
         return finish_iteration(run, number, losses)
 
     patched.setattr(Run, "finish_iteration", stop)
+
+
+def weights(pipeline):
+    """The weights of an exported pipeline's network, by name."""
+    return dict(load(pipeline)[0].net.state_dict())
+
+
+def furthest(a, b):
+    """The largest difference between two networks' weights, given by name."""
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def plain(path):
+    """A pipeline as diffusers itself loads it."""
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def defaults_in_help(capsys, script, *flags):
+    """What --help of a script (its module) shows as the defaults beside these flags, by flag."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*flags, "--help"])
+    assert stopped.value.code == 0
+    flag_and_default = re.compile(r"^  (--[a-z0-9-]+)[ ,].*?\[([^];]*)", re.DOTALL | re.MULTILINE)
+    return dict(flag_and_default.findall(capsys.readouterr().out))
