@@ -241,5 +241,5 @@ def defaults_in_help(capsys, script, *flags):
     with pytest.raises(SystemExit) as stopped:
         script.main([*flags, "--help"])
     assert stopped.value.code == 0
-    flag_and_default = re.compile(r"^  (--[a-z0-9-]+)[ ,].*?\[([^];]*)", re.DOTALL | re.MULTILINE)
-    return dict(flag_and_default.findall(capsys.readouterr().out))
+    flag_and_default = r"(?ms)^  (--[a-z0-9-]+)[ ,].*?\[(?![A-Z_]+ \.)([^];]*)"
+    return dict(re.findall(flag_and_default, capsys.readouterr().out))
