@@ -9,29 +9,33 @@ so on up to pure noise: the generator cooperates with itself.
 Algorithm 1 with Eq. 6; the same numbers stand in train_step:
   1. draw data x0, noise eps, level t in 1..T; all levels of a sample share x0 and eps
   2. fake = G(x_t, t), with its graph
-  3. real = sg[G(x_{t-k}, t-k)], target = sg[G(x_{t-m}, t-m)]; at level 0 both are the data x0 itself
-  4. discriminator: L_D = softplus(-D(real, t)) + softplus(D(sg[fake], t))
-  5. generator: L_G = lambda_t d(fake, x0) + lambda_con d(fake, target) + softplus(-D(fake, t))
-  6. EMA of the generator
-Sampling: x_T ~ N(0, I), x0 = G(x_T, T). With more calls: add noise at a lower level, predict again.
+  3. real = sg[G(x_r, r)] at r = max(t - k, 0), target = sg[G(x_c, c)] at c = max(t - m, 0); at level 0 the
+     data x0 stands in place of G's prediction
+  4. discriminator: L_D = softplus(-D(real, t)) + softplus(D(sg[fake], t)), not clipped
+  5. generator: L_G = lambda_t d(fake, x0) + lambda_t^con d(fake, target) + softplus(-D(fake, t)), through the
+     updated D, which is frozen; the norm of the gradient is clipped by --clip-norm
+  6. EMA of the generator, which only draws samples: fake, real and target come from the current weights
+Sampling: x_T ~ N(0, I), x0 = G(x_T, T). With 2 calls: fresh noise on x0 at level T - (T + 1) // 2, then G
+again. No guidance, neither here nor in training.
 
 From scratch (Eq. 4) there are T = 4 levels and k = m = 1, G also gets a latent z, and D is a network of its
 own. With --model the same step fine-tunes a text-to-image model in its latent space: T = 999, k = 250, m = 25
-(Eq. 6), D is half of the pretrained UNet with a head, and the consistency distance d is taken in the features
-of that half, frozen (Eq. 5). Two remedies where level T is not pure noise: sampling starts from the
-informative prior (section 5.2), or --adapt first makes the network predict v on a schedule that ends in pure
-noise (section 5.2).
+(Eq. 6), D is half of the pretrained UNet with a head (of --discriminator's, if given), and the consistency
+term's d is taken in the features of that half, frozen (Eq. 5); the reconstruction's d is l2. Two remedies
+where level T is not pure noise: sampling starts from the informative prior (section 5.2), or --adapt first
+makes the network predict v on a schedule that ends in pure noise (section 5.2).
 
 Symbols, paper -> code: x, x_0 -> x0; sqrt(abar_t) -> alpha_t; G_theta -> generator; D_phi -> discriminator,
 which returns logits; x^t -> fake; x^{t-1} -> real, target; k, m -> real_offset, con_offset, in thousandths of
-the schedule; lambda_t -> lambda_rec * reconstruction_weight; lambda_t^con -> lambda_con * consistency_weight;
-h -> half, a HalfUNet.
+the schedule, one level at least; lambda_t -> lambda_rec * min(reconstruction_weight, weight_limit);
+lambda_t^con -> lambda_con * min(w(t), weight_limit), w by con_weight; h -> half, a HalfUNet.
 
 Differences from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake),
 as in any GAN. The real side and the target are under stop-gradient in both places. Real and fake go into D
-with the fake's t. From scratch the generator is diffusers' UNet2DModel instead of NCSN++: no tanh (samples
-are clamped instead), no FIR resampling. The second stage of the adaptation regresses onto the velocity of the
-rescaled schedule, for the printed one would leave noise in a perfect student.
+with the fake's t (under --adversary ufogen with t - k, the level of both). From scratch the generator is
+diffusers' UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no FIR resampling. The second
+stage of the adaptation regresses onto the velocity of the rescaled schedule, for the printed one would leave
+noise in a perfect student.
 
 Differences from the authors' fine-tuning script. The script averages D's logits over the batch before the
 softplus, and the reconstruction error over the whole batch before weighting, so it has E[w] E[error] where
@@ -109,8 +113,8 @@ class Config(RunFlags):
     lr_decay: float = flag(0.0, "share of the iterations, at the end, in which both rates fall "
                            "linearly to 0; paper: 0", least=0, most=1)
     weight_decay: float = flag(0.0, "of both AdamW; the authors' fine-tuning script: 0.01", least=0)
-    clip_norm: float = flag(math.inf, "limit of the generator's gradient norm; "
-                            "the authors' fine-tuning script: 1", above=0, infinite=True)
+    clip_norm: float = flag(math.inf, "limit of the gradient norm of the generator and of the adaptation; "
+                            "D is not clipped; the authors' fine-tuning script: 1", above=0, infinite=True)
     ema: float = flag(0.9999, "decay of the generator's average, which draws the samples; "
                       "paper: 0.9999, LoRA 0.999", least=0, below=1)
     rank: int = flag(0, "fine-tune a LoRA of this rank instead of all weights; paper: 64", least=0)
@@ -206,7 +210,7 @@ def preset_of(given):
 # Losses
 
 def discriminator_loss(real_logits, fake_logits):
-    """L_D, Eq. 4's maximisation over phi: mean softplus(-D(real)) + softplus(D(fake)).
+    """L_D, to be minimised (Eq. 4 maximises -L_D over phi): mean softplus(-D(real)) + softplus(D(fake)).
 
     Logits [B], of pictures under stop-gradient. 2 ln 2 = 1.386 where D cannot tell them apart.
     """
@@ -233,7 +237,8 @@ def reconstruction_weight(snr_t):
 def consistency_weight(snr_t, snr_r):
     """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1).
 
-    At r = 0, SNR(r) is infinite and the weight is SNR(t).
+    From scratch SNR(0) is infinite, and the weight at r = 0 is SNR(t). A pretrained schedule has a little
+    noise at level 0: its SNR(0) is finite.
     """
     return 1 / (1 / snr_t - 1 / snr_r)
 
@@ -246,21 +251,21 @@ def sqrt_consistency_weight(snr_t, snr_r):
     return 1 / (snr_t**-0.5 - snr_r**-0.5)
 
 
-def generator_loss(fake_logits, d_rec, d_con, lambda_rec, lambda_con):
+def generator_loss(fake_logits, d_rec, d_con, weight_rec, weight_con):
     """L_G, the minimisation over theta in Eq. 4 and 6: the loss and its three parts by name.
 
-    L_G = mean of lambda_rec d(fake, x0) + lambda_con d(fake, sg[target]) + softplus(-D(fake)). The arguments
-    are [B]: fake_logits = D(fake), d_rec = d(fake, x0), d_con = d(fake, target), and the weights. Gradients
+    L_G = mean of lambda_t d(fake, x0) + lambda_t^con d(fake, sg[target]) + softplus(-D(fake)). The arguments
+    are [B]: fake_logits = D(fake), d_rec = d(fake, x0), d_con = d(fake, target), and their weights. Gradients
     go to fake alone. With d_con None there is no consistency term.
     """
-    L_rec = (lambda_rec * d_rec).mean()
-    L_con = torch.zeros_like(L_rec) if d_con is None else (lambda_con * d_con).mean()
+    L_rec = (weight_rec * d_rec).mean()
+    L_con = torch.zeros_like(L_rec) if d_con is None else (weight_con * d_con).mean()
     L_adv = adversarial_loss(fake_logits)
     return L_rec + L_con + L_adv, dict(L_rec=L_rec, L_con=L_con, L_adv=L_adv)
 
 
 def weights_of(config, schedule, t, t_con):
-    """The weights of reconstruction and consistency, limited and times their factors, [B] each."""
+    """lambda_t and lambda_t^con of reconstruction and consistency: factor * min(weight, limit), [B] each."""
     snr_t, snr_con = schedule.snr(t), schedule.snr(t_con)
     weight = sqrt_consistency_weight if config.con_weight == "sqrt" else consistency_weight
     return (config.lambda_rec * reconstruction_weight(snr_t).clamp(max=config.weight_limit),
@@ -512,7 +517,7 @@ def build(config, run, networks=None):
     """The cast of a run; networks: those of load_networks, start perhaps adapted; None: loads them here."""
     start, codec, discriminator, half, codec_d = networks or load_networks(config, run)
     if config.rank:
-        generator = start.with_lora("student", config.rank, config.alpha)
+        generator = start.with_lora("student", config.rank, config.alpha)  # freezes all but the LoRA
     else:
         start.net.requires_grad_(True)
         generator = start
@@ -526,7 +531,7 @@ def build(config, run, networks=None):
                 network.compile()
     distances = dict(l2=(lambda x, cond: x, squared_distance))
     if half:
-        level_0 = lambda x: x.new_zeros(len(x), dtype=torch.long)
+        level_0 = lambda x: x.new_zeros(len(x), dtype=torch.long)  # h sees clean latents
         distances["latent"] = lambda x, cond: half(x, level_0(x), cond).float(), squared_distance
     if "lpips" in (config.rec_distance, config.con_distance):
         features, distance = load_distance("lpips", run.device)
@@ -542,7 +547,7 @@ def build(config, run, networks=None):
 # Updates
 
 def predict_x0(generator, p, level):
-    """G(x_level, level) of a part's data and noise; at level 0 the data x0 itself, as p^(0) in Eq. 3."""
+    """G(x_level, level) for the part p, unguided; at level 0 its data x0 (the paper's p^(0), Eq. 3)."""
     x_level = generator.schedule.add_noise(p.x0, p.eps, level)
     prediction = generator.predict(x_level, level, "sample", p.cond)
     return torch.where((level > 0).view(-1, 1, 1, 1), prediction, p.x0)
@@ -572,21 +577,21 @@ def distances_of(fake, p, config, distances):
 def train_step(iteration, pictures, captions, config, run, models):
     """Algorithm 1 on this rank's pictures [B, 3, H, W] in [-1, 1], captions [B]; returns scalars to log."""
     G, D, codec, draw = models.generator, models.discriminator, models.codec, run.draws(iteration)
-    T, offsets = len(G.schedule) - 1, (config.real_offset, config.con_offset)
-    k, m = (max(1, round(offset * (T + 1) / 1000)) for offset in offsets)
-
-    # 1. One t and one eps a sample, which its three levels share.
+    T = len(G.schedule) - 1
+    k, m = (max(1, round(o * (T + 1) / 1000)) for o in (config.real_offset, config.con_offset))
+    # 1. One t and one eps a sample, which its three levels share; noise is for ufogen's fake alone.
     t, eps, noise = draw.randint(1, T + 1), draw.randn(*codec.shape), draw.randn(*codec.shape)
     if config.flip:
         pictures = torch.where(draw.randint(0, 2).bool().view(-1, 1, 1, 1), pictures.flip(3), pictures)
     cond = condition(codec, captions, draw, config.latent_z)
-    cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)
+    cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)  # from scratch D reads none
     with torch.no_grad():  # the VAE's mean: D would take its noise for a mark of the data
         x0 = torch.cat([codec.encode(pictures[rows]) for rows in run.micro_batches])
     parts = run.split(x0=x0, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps,
                       noise=noise, cond=cond, cond_d=cond_d)
 
-    # 2, 3. One forward of G(x_t, t) serves both updates; of several micro-batches this would keep all graphs.
+    # 2, 3. With one micro-batch, one forward of G(x_t, t) serves both updates. With several, its graph is
+    # not kept, for all of them would be held at once: loss_G runs it again.
     keep_graph = len(parts) == 1
     for p in parts:
         with run.autocast(), torch.set_grad_enabled(keep_graph):
@@ -595,8 +600,9 @@ def train_step(iteration, pictures, captions, config, run, models):
             p.real = predict_x0(G, p, p.t_real) if config.adversary == "self" else p.x0
             shared = k == m and config.adversary == "self"
             p.target = p.real if shared or not config.lambda_con else predict_x0(G, p, p.t_con)
+    with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
 
-    def loss_D(p):  # 4. Both sides are detached; D is told the fake's t; R1 needs the gradient at `real`.
+    def loss_D(p):  # 4. Both sides detached, one level told for both; R1 needs the gradient at `real`.
         real, fake, level = adversarial_pair(config.adversary, G.schedule, p, p.fake.detach())
         real, twice = real.detach().requires_grad_(with_r1), map_cond(lambda v: torch.cat([v, v]), p.cond_d)
         logits = D(torch.cat([real, fake]), torch.cat([level, level]), twice).float()
@@ -612,7 +618,6 @@ def train_step(iteration, pictures, captions, config, run, models):
         distances = distances_of(fake, p, config, models.distances)
         return generator_loss(logits, *distances, *weights_of(config, G.schedule, p.t, p.t_con))
 
-    with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
     with sdpa_kernel(SDPBackend.MATH) if with_r1 else nullcontext():  # R1 differentiates attention twice
         scalars = run.descend(models.optimizer_d, parts, loss_D)
     with frozen(D):  # already updated; its graph carries the gradient to `fake`
@@ -659,7 +664,7 @@ def adapt_step(iteration, pictures, captions, config, run, models):
 
 @dataclass
 class Sampler:
-    """The parts that draw pictures: G with its current weights, and the codec, prior and latent it needs."""
+    """What G needs to draw pictures, with the weights that it holds: train puts the average in first."""
     generator: Denoiser
     codec: Codec
     prior: InformativePrior | None = None
@@ -700,9 +705,8 @@ def draw_pictures(sampler, captions, nfe, seed, first=0):
     for start in range(0, len(captions), chunk):
         y = captions[start:start + chunk]
         draw = Draws(seed, first + start, len(y), slice(None), "cpu")
-        x_T, eps_prime, *noise = (draw.randn(*codec.shape).to(codec.device) for _ in range(1 + nfe))
-        if sampler.prior:
-            x_T = sampler.prior.start(generator.schedule, x_T, eps_prime)
+        eps, eps_prime, *noise = (draw.randn(*codec.shape).to(codec.device) for _ in range(1 + nfe))
+        x_T = sampler.prior.start(generator.schedule, eps, eps_prime) if sampler.prior else eps
         cond = map_cond(lambda v: v.to(codec.device), condition(codec, y, draw, sampler.latent_z))
         x0 = sample(generator, levels, x_T, noise, cond, 1.0 if codec.vae is None else math.inf)
         yield codec.decode(x0).clamp(-1, 1).cpu()
