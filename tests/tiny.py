@@ -58,8 +58,8 @@ def vae(tiny=False):
 
 def text_config(tokenizer, **extra):
     return dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, **extra)
 
 
@@ -67,7 +67,8 @@ def sd(prediction_type="epsilon", tiny_vae=False):
     tokenizer = build_tokenizer()
     return StableDiffusionPipeline(
         vae(tiny_vae), CLIPTextModel(CLIPTextConfig(**text_config(tokenizer))), tokenizer, unet(),
-        scheduler(prediction_type), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        scheduler(prediction_type), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
 
 
 def sdxl(prediction_type="epsilon"):
@@ -89,8 +90,9 @@ def pixart(prediction_type="epsilon"):
     text = T5EncoderModel(config)
     net = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-        cross_attention_dim=32, sample_size=8, patch_size=2, caption_channels=32, use_additional_conditions=False,
-        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6)
+        cross_attention_dim=32, sample_size=8, patch_size=2, caption_channels=32,
+        use_additional_conditions=False, norm_type="ada_norm_single",
+        norm_elementwise_affine=False, norm_eps=1e-6)
     # A fresh PixArt ends in a layer of zeros, which would hide its condition.
     torch.nn.init.normal_(net.proj_out.weight, std=0.1)
     linear = scheduler(prediction_type, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
