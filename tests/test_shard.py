@@ -1,167 +1,212 @@
-"""--shard: two processes with half of every weight each train as one process does."""
+"""--shard: two processes with half of every weight each train as two with all weights do, and as one."""
 
-import gc
 import json
-import subprocess
-import sys
-import weakref
+from functools import partialmethod
 
 import pytest
 import tiny
 import torch
-from conftest import ROOT
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from helpers import CAPTIONS, drawings, perturb, ranks, state
+from safetensors.torch import load_file, save_file
 
 import diff_instruct_star
-import plumbing.checkpoint
-import plumbing.cli
 import plumbing.run
-import plumbing.shard
 import swiftbrush_v2
 import yoso
-from common import load
+from common import Denoiser, Weights, load
+from plumbing.checkpoint import flat_state
+from plumbing.cli import parse_config
+from plumbing.run import Run
+from plumbing.shard import part_here, shard, whole
 
-COMMON = ["--preset", "shapes", "--batch-size", 4, "--device", "cpu", "--log-every", 1, "--save-every", 2, "--sample-every", 3]
-DISTILL = ["--convert-iterations", 2, "--rank", 4, "--alpha", 8]
-RUNS = {
-    "swiftbrush": (swiftbrush_v2, ["--iterations", 3, "--iterations-b", 3, "--rank-b", 4, "--alpha-b", 8, *DISTILL]),
-    "full": (diff_instruct_star, ["--iterations", 2, "--warmup", 1, "--assistant-warmup", 1, *DISTILL]),
-    "lora": (diff_instruct_star, ["--iterations", 2, "--warmup", 1, "--assistant-warmup", 1, "--assistant", "lora", "--gradient-checkpointing",
-                                  *DISTILL]),
-    "yoso": (yoso, ["--iterations", 3, "--prior-num", 8, "--micro-batch", 1, "--gradient-checkpointing"]),
-    "yoso-lora": (yoso, ["--iterations", 3, "--prior-num", 8, "--adapt", "--adapt-iterations", 3, "--rank", 4]),
-}
+EVERY = ["--batch-size", 4, "--device", "cpu", "--log-every", 1, "--save-every", 2, "--sample-every", 3]
+YOSO = ["--preset", "mini", "--prior-num", 8, *EVERY]
+DISTILL = ["--preset", "shapes", "--rank", 4, "--alpha", 8, "--convert-iterations", 1, *EVERY]
+SWIFTBRUSH = [*DISTILL, "--rank-b", 4, "--alpha-b", 8]
+DIFF_INSTRUCT = [*DISTILL, "--assistant-warmup", 0, "--warmup", 0]
+LORA = ["--assistant", "lora", "--gradient-checkpointing"]
+MEMORY = ["--micro-batch", 1, "--gradient-checkpointing"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of a tiny SD pipeline, CLIPModel and AutoencoderTiny."""
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    tiny.sd().save_pretrained(folder / "sd")
-    for part in tiny.clip():
-        part.save_pretrained(folder / "clip")
-    tiny.vae(tiny=True).save_pretrained(folder / "tae")
-    return folder
+def folder(tmp_path_factory):
+    """Where the tiny models lie."""
+    return tiny.save_models(tmp_path_factory.mktemp("models"))
 
 
-def flags(name, models, out):
-    script, more = RUNS[name]
-    own = {swiftbrush_v2: ["--clip", models / "clip", "--decoder", models / "tae"], yoso: [],
-           diff_instruct_star: ["--reward", models / "clip", "--probe", models / "clip", "--decoder", models / "tae"]}[script]
-    model = ROOT / "assets" / "mini-sd" if name == "yoso" else models / "sd"  # one whose weights are most of the memory
-    return [str(a) for a in ["--model", model, "--out", out, *COMMON, *own, *more]]
+def command(script, folder, out, flags):
+    """The flags, completed by those that name the tiny models and the run's folder."""
+    more = ["--decoder", folder / "tae"] if script is not yoso else []
+    if script is swiftbrush_v2:
+        more += ["--clip", folder / "clip"]
+    if script is diff_instruct_star:
+        more += ["--reward", folder / "clip", "--probe", folder / "judge"]
+    return [str(flag) for flag in ("--model", folder / "sd", "--out", out, *more, *flags)]
 
 
-class Held(TorchDispatchMode):
-    """The most bytes that tensors hold inside the with block, those that exist before it included; FSDP resizes what it gathers into."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self.operations, self.storages = 0, 0, weakref.WeakSet()
-        gc.collect()
-        for thing in gc.get_objects():
-            if issubclass(type(thing), torch.Tensor):
-                self.see(thing)
-
-    def see(self, tensor):
-        """Remembers where the tensor lies."""
-        if (tensor := plumbing.shard.part_here(tensor)).device.type == "cpu":
-            self.storages.add(tensor.untyped_storage())
-        return tensor
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.see, (args, out))
-        self.operations += 1
-        if self.operations % 4 == 0:  # it takes as long as the operation
-            self.peak = max(self.peak, sum(storage.nbytes() for storage in list(self.storages)))
-        return out
-
-
-# The real command, which also writes how many bytes of weights, moments and averages this process holds, and how many there are; and
-# what the tensors of the last step held at their most.
-SCRIPT = """
-import json, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tools"]
-import common, plumbing.run, plumbing.shard, {module} as script
-from test_shard import Held
-end, finish, update, watching, peaks = plumbing.run.Run.end, plumbing.run.Run.finish_iteration, common.EMA.update, [], [0]
-
-def after(run, iteration, losses):
-    stop = finish(run, iteration, losses)
-    if iteration == run.config.iterations - 2 and (run.out / "forecast.json").exists():
-        watching.append(Held())
-        watching[0].__enter__()
-    return stop
-
-def updated(ema):
-    update(ema)
-    for held in watching:
-        held.__exit__(None, None, None)
-        peaks.append(held.peak)
-    watching.clear()
-
-def measured(run):
-    tensors = plumbing.checkpoint.flat_state(run.parts).values()
-    state = [sum(t.numel() * t.element_size() for t in some) for some in (map(plumbing.shard.part_here, tensors), tensors)]
-    with open({folder!r} + f"/bytes{{run.rank}}.json", "w") as file:
-        json.dump([*state, max(peaks)], file)
-    end(run)
-
-plumbing.run.Run.end, plumbing.run.Run.finish_iteration, common.EMA.update = measured, after, updated
-plumbing.cli.run_command(script.main)
-"""
-
-
-def sharded(name, flags, folder):
-    """Two processes; returns the share of the run's state that each of them holds, and the bytes of an iteration."""
-    script = folder / "ranks.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), module=RUNS[name][0].__name__, folder=str(folder)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *flags, "--shard"],
-                          timeout=280, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:-1500][-3000:]
-    measured = [json.loads((folder / f"bytes{rank}.json").read_text()) for rank in (0, 1)]
-    return [held / all_there_is for held, all_there_is, _ in measured], [peak for *_, peak in measured]
+def share_of(tensors):
+    """The share of the bytes of some tensors that this process holds."""
+    tensors = list(tensors)
+    here, everywhere = (sum(t.numel() * t.element_size() for t in some)
+                        for some in (map(part_here, tensors), tensors))
+    return here / everywhere
 
 
 def same(a, b):
-    """Two states of weights, to 1e-5; but one in a hundred, where a gradient of almost 0 lets rounding choose the sign of Adam's step."""
+    """Weights by name, to 1e-5 but for one in a hundred.
+
+    Where a gradient is almost 0, rounding gives Adam's step its sign.
+    """
     assert a.keys() == b.keys()
     difference = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
-    assert difference.quantile(0.99) < 1e-5 and difference.max() < 1e-2, (difference.quantile(0.99), difference.max())
+    assert difference.quantile(0.99) < 1e-5 and difference.max() < 1e-2, difference.max()
 
 
+# One update; the rates of networks on which another's gradient depends are 0, for the same reason
+
+STEPS = {
+    "yoso": (yoso, [*YOSO, "--lr-d", 1e-30]),
+    "yoso-lora": (yoso, [*YOSO, "--lr-d", 1e-30, "--rank", 4, *MEMORY]),
+    "student a": (swiftbrush_v2, [*SWIFTBRUSH, "--stage", "a"]),
+    "student b": (swiftbrush_v2, [*SWIFTBRUSH, "--stage", "b", "--gradient-checkpointing"]),
+    "diff-instruct": (diff_instruct_star, [*DIFF_INSTRUCT, "--lr-assistant", 1e-30]),
+    "diff-instruct-lora": (diff_instruct_star, [*DIFF_INSTRUCT, "--lr-assistant", 1e-30, *LORA]),
+}
+
+
+def cast(name, folder, *more):
+    """(run, models, the trained weights by role) of a method, without zeros behind which gradients vanish."""
+    script, flags = STEPS[name]
+    argv = command(script, folder, "unused", [*flags, *more])
+    config = parse_config(script.Config, script.PRESETS, argv, "")
+    run = Run(config)
+    if script is swiftbrush_v2:
+        frozen = script.load_frozen(config, run.device)
+        shard(config, frozen.teacher.net, frozen.start.net)
+        models = script.build(config, run, config.stage, frozen)
+    else:
+        models = script.build(config, run)
+    denoisers = {role: value for role, value in vars(models).items() if isinstance(value, Denoiser)}
+    trained = {role: denoiser.trainable() for role, denoiser in denoisers.items()}
+    torch.manual_seed(1)
+    for role, denoiser in denoisers.items():
+        if denoiser.adapter:
+            perturb(trained[role])
+    if script is yoso:
+        trained["discriminator"] = Weights(models.discriminator.named_parameters())
+        with torch.no_grad():
+            models.discriminator.end.weight.add_(0.1)
+    return run, models, {role: weights for role, weights in trained.items() if weights}
+
+
+def step(name, folder, out, *more):
+    """One update; writes the gradients, weights, averages, and the shares of bytes that a process holds."""
+    run, models, trained = cast(name, folder, *more)
+    script, captions = STEPS[name][0], CAPTIONS[run.rows]
+    pictures = [drawings(4, models.codec.picture_size)[run.rows]] if script is yoso else []
+    script.train_step(0, *pictures, captions, run.config, run, models)
+    tensors = flat_state(trained | dict(ema=models.ema))
+    for role, weights in trained.items():
+        tensors |= {f"gradient.{role}.{key}": p.grad for key, p in weights.items()}
+    optimizers = {key: part for key, part in vars(models).items() if isinstance(part, torch.optim.Optimizer)}
+    networks = [value.net if isinstance(value, Denoiser) else value for value in vars(models).values()]
+    bare = [p for net in networks if isinstance(net, torch.nn.Module) for key, p in net.named_parameters()
+            if "lora_" not in key]
+    out.mkdir(exist_ok=True)
+    trained = [*tensors.values(), *flat_state(optimizers).values()]
+    shares = dict(networks=share_of(bare), trained=share_of(trained))
+    (out / f"share{run.rank}.json").write_text(json.dumps(shares))
+    tensors = {key: whole(tensor).detach().contiguous() for key, tensor in tensors.items()}
+    if run.rank == 0:
+        save_file(tensors, out / "tensors.safetensors")
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_one_update_is_that_of_one_process(folder, tmp_path, name):
+    """On two processes with all of each weight, or half: the same clipped gradients, weights and averages.
+
+    Half: of networks, gradients, moments and averages; LoRAs stay whole.
+    """
+    step(name, folder, tmp_path / "one")
+    ranks(2, step, name, folder, tmp_path / "all")
+    ranks(2, step, name, folder, tmp_path / "half", "--shard")
+    one, *others = (load_file(tmp_path / out / "tensors.safetensors") for out in ("one", "all", "half"))
+    is_gradient = lambda key: key.startswith("gradient.")
+    scale = max(tensor.abs().max().item() for key, tensor in one.items() if is_gradient(key))
+    for tensors in others:
+        assert tensors.keys() == one.keys()
+        for key in filter(is_gradient, one):
+            torch.testing.assert_close(tensors[key], one[key], atol=1e-5 * scale, rtol=1e-3)
+        same(*({key: found[key] for key in found if not is_gradient(key)} for found in (tensors, one)))
+    for out, least, most in (("one", 1, 1), ("all", 1, 1), ("half", 0.45, 0.55)):
+        for path in (tmp_path / out).glob("share*.json"):
+            shares = json.loads(path.read_text())
+            assert least <= shares["networks"] <= most
+            if name in ("yoso", "diff-instruct"):
+                assert least <= shares["trained"] <= most
+
+
+# Whole runs
+
+RUNS = {
+    "yoso": (yoso, [*YOSO, "--iterations", 2, *MEMORY]),
+    "yoso-lora": (yoso, [*YOSO, "--iterations", 2, "--adapt", "--adapt-iterations", 2, "--rank", 4]),
+    "swiftbrush": (swiftbrush_v2, [*SWIFTBRUSH, "--iterations", 2, "--iterations-b", 2]),
+    "diff-instruct": (diff_instruct_star, [*DIFF_INSTRUCT, "--iterations", 2]),
+    "diff-instruct-lora": (diff_instruct_star, [*DIFF_INSTRUCT, "--iterations", 2, *LORA]),
+}
+
+
+def flags_of(name, folder, out, *more):
+    script, flags = RUNS[name]
+    return command(script, folder, out, [*flags, *more])
+
+
+def note_share(run, end, out):
+    """Notes the share of a run's parts that this process holds, then ends the run."""
+    (out / f"share{run.rank}.json").write_text(json.dumps(share_of(flat_state(run.parts).values())))
+    end(run)
+
+
+def sharded(name, out, argv):
+    """A command with --shard; each of its processes writes its share of the last run's parts to out."""
+    plumbing.run.Run.end = partialmethod(note_share, plumbing.run.Run.end, out)
+    RUNS[name][0].main([*argv, "--shard"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_sharded_equals_one_process(models, tmp_path, name):
-    shares, peaks = sharded(name, flags(name, models, tmp_path / "two"), tmp_path)
-    if name in ("full", "yoso"):
-        assert max(shares) < 0.55
-    forecasts = [json.loads(path.read_text())["memory_GB"] * 2**30 for path in (tmp_path / "two").rglob("forecast.json")]
-    assert max(forecasts) == pytest.approx(max(peaks), rel=0.1)
-    RUNS[name][0].main(flags(name, models, tmp_path / "one"))
-    stages = [path.parent.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("checkpoint")]
+def test_a_sharded_run_is_that_of_one_process(folder, tmp_path, name):
+    """Checkpoints, pipelines, and which grids there are."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks(2, sharded, name, tmp_path, flags_of(name, folder, two))
+    RUNS[name][0].main(flags_of(name, folder, one))
+    stages = [path.parent.relative_to(one) for path in one.rglob("checkpoint")]
     assert stages
     for stage in stages:
-        one, two = (plumbing.checkpoint.read_checkpoint(tmp_path / run / stage / "checkpoint")["state"] for run in ("one", "two"))
-        assert one.keys() == two.keys()
-        for part in one.keys() - {key for key in one if key.startswith("optimizer")}:
-            same(one[part], two[part])
-    same(*(load(tmp_path / run / "pipeline")[0].net.state_dict() for run in ("one", "two")))
-    grids = [sorted(p.relative_to(tmp_path / run) for p in (tmp_path / run).rglob("*.png")) for run in ("one", "two")]
+        whole, parts = state(one / stage), state(two / stage)
+        assert whole.keys() == parts.keys()
+        for part in whole:
+            if not part.startswith("optimizer"):
+                same(parts[part], whole[part])
+    same(*(load(out / "pipeline")[0].net.state_dict() for out in (one, two)))
+    grids = [sorted(path.relative_to(out) for path in out.rglob("*.png")) for out in (one, two)]
     assert grids[0] == grids[1] and grids[0]
+    if name in ("yoso", "diff-instruct"):
+        assert all(json.loads((tmp_path / f"share{rank}.json").read_text()) < 0.55 for rank in (0, 1))
 
 
-def test_a_run_moves_into_shards_and_back(models, tmp_path):
-    """Saved whole, continued in halves, then whole again: the run that stayed whole."""
-    def upto(iterations, out):
-        return [*flags("yoso", models, tmp_path / out), "--iterations", str(iterations)]
+def test_a_run_moves_into_shards_and_back(folder, tmp_path):
+    """On one process, on two with all of each weight, on two with half, on one again: as one that stayed."""
+    upto = lambda iterations, out: flags_of("yoso", folder, tmp_path / out, "--iterations", iterations)
     yoso.main(upto(1, "moved"))
-    sharded("yoso", upto(2, "moved"), tmp_path)
-    yoso.main(upto(3, "moved"))
-    yoso.main(upto(3, "stayed"))
-    moved, stayed = (plumbing.checkpoint.read_checkpoint(tmp_path / run / "checkpoint")["state"] for run in ("moved", "stayed"))
-    assert {part: value.keys() for part, value in moved.items()} == {part: value.keys() for part, value in stayed.items()}
+    ranks(2, yoso.main, upto(2, "moved"))
+    ranks(2, sharded, "yoso", tmp_path, upto(3, "moved"))
+    yoso.main(upto(4, "moved"))
+    yoso.main(upto(4, "stayed"))
+    moved, stayed = state(tmp_path / "moved"), state(tmp_path / "stayed")
+    keys = lambda saved: {part: value.keys() for part, value in saved.items()}
+    assert keys(moved) == keys(stayed)
     for part in ("generator", "discriminator", "ema"):
         same(moved[part], stayed[part])
+    assert all(json.loads((tmp_path / f"share{rank}.json").read_text()) < 0.55 for rank in (0, 1))
