@@ -68,6 +68,7 @@ def _read_chunk(images):
     over_background = images[:, None] - backgrounds[None, :, :, None, None]  # [N, backgrounds, 3, S, S]
     empty = over_background.square().sum((2, 3, 4))[:, None]  # of the background alone, [N, 1, b]
     correlated = torch.einsum("cbk,nbkhw->ncbhw", contrast, over_background).flatten(3)  # [N, c, b, S * S]
+    correlated = correlated.contiguous()  # or the product below takes ten times as long
     energy = contrast.square().sum(2)[None]  # [1, c, b]
 
     candidates = []
