@@ -94,12 +94,14 @@ def optimizers_of(models):
 
 def step_of(script, config, run, models, batch):
     """A function that makes one step, in which everything acts that the flags ask for, but R1."""
-    config, iteration = replace(config), 0
     if script is yoso:
-        config.r1 = 0.0
-    elif script is diff_instruct_star:
-        iteration = config.assistant_warmup + config.warmup
-    return lambda _=0: script.train_step(iteration, *batch, config, run, models)
+        config = replace(config, r1=0.0)
+    return lambda _=0: script.train_step(iteration_of(script, config), *batch, config, run, models)
+
+
+def iteration_of(script, config):
+    """The first iteration of a run in which everything acts."""
+    return config.assistant_warmup + config.warmup if script is diff_instruct_star else 0
 
 
 def variant_of(script, config, run, models, batch):
@@ -118,7 +120,9 @@ def variant_of(script, config, run, models, batch):
 
 def plain_step(config, run, models, prompts):
     """Diff-Instruct*'s iteration with one backward pass through divergence, reward and student together."""
-    di, student, codec, draw = diff_instruct_star, models.student, models.codec, run.draws(0)
+    di, student, codec = diff_instruct_star, models.student, models.codec
+    iteration = iteration_of(di, config)
+    draw = run.draws((config.assistant_steps + 1) * iteration)
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)
@@ -129,10 +133,11 @@ def plain_step(config, run, models, prompts):
             losses["L_reward"] = di.reward_loss(rewards["reward"], config.alpha_rew)
         return sum(losses.values()), losses
 
-    di.train_step(0, prompts, replace(config, assistant_warmup=1), run, models)  # the assistant alone
-    t = draw.randint(config.t_min, config.t_max + 1)
-    parts = run.split(z=draw.randn(*codec.shape), t=t, eps=draw.randn(*codec.shape), cond=codec.cond(prompts),
-                      null=models.null, y=prompts)
+    assistant_alone = replace(config, assistant_warmup=iteration + 1)
+    di.train_step(iteration, prompts, assistant_alone, run, models)
+    z, t = draw.randn(*codec.shape), draw.randint(config.t_min, config.t_max + 1)
+    parts = run.split(z=z, t=t, eps=draw.randn(*codec.shape), cond=codec.cond(prompts), null=models.null,
+                      y=prompts)
     with frozen(models.assistant.net):
         run.descend(models.optimizer, parts, loss_student, config.clip_norm)
     models.ema.update()
