@@ -1,35 +1,51 @@
 """The measures against closed forms, and the tools' commands."""
 
-import importlib
+import dataclasses
 import json
 import re
+import shlex
+import subprocess
 from types import SimpleNamespace
 
 import ablate
 import benchmark
 import evaluate
 import numpy as np
+import plot
 import pretrain
 import pytest
 import tiny
 import torch
 import torch_fidelity
+from forecast import cost_of_step
+from helpers import ROOT, TINY, random_vgg, ranks, tiny_config
 from PIL import Image
-from test_run import config, finished  # noqa: F401
 
-import common
 import diff_instruct_star
-import plumbing.cli
-import plumbing.data
 import swiftbrush_v2
 import yoso
+from common import Draws, InformativePrior, NoiseSchedule, UserError, load
+from plumbing.cli import parse_config
+from plumbing.data import load_dataset
 from plumbing.shapes import Shapes
+
+SCRIPTS = {f"{script.__name__}.py": script for script in (yoso, swiftbrush_v2, diff_instruct_star)}
 
 
 def drawings(n, seed=0):
     dataset = Shapes(16, seed)
     return dataset.draw(dataset.attributes(range(n)))
 
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run of yoso.py from scratch."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    yoso.main([*TINY, "--iterations", "4", "--out", str(out)])
+    return out
+
+
+# evaluate.py
 
 def test_frechet_distance_of_gaussians():
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), for commuting covariances a sum over eigenvalues.
@@ -46,7 +62,8 @@ def test_frechet_distance_of_gaussians():
         return torch.tensor(mean + x * eigenvalues**0.5 @ q.T)
 
     expected = m @ m + ((a**0.5 - b**0.5)**2).sum()
-    assert evaluate.distances(gaussian(0, a), gaussian(m, b))["frechet"] == pytest.approx(expected, rel=0.01)
+    found = evaluate.distances(gaussian(0, a), gaussian(m, b))["frechet"]
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +72,16 @@ def embed():
 
 
 def test_distances_tell_good_from_bad(embed):
-    """Two halves of the shapes are near 0, inverted shapes far away; noise costs precision, one picture repeated recall.
+    """Halves of the shapes are near 0, inverted ones far; noise costs precision, one picture repeated recall.
 
     The last is the orientation that released versions of torch-fidelity have swapped.
     """
     real, good = drawings(600, seed=1), drawings(600, seed=2)
     noisy = (good.float() + 60 * torch.randn(600, 3, 16, 16)).clamp(0, 255).to(torch.uint8)
-    collapsed = real[:1].repeat(600, 1, 1, 1) + torch.randint(0, 2, (600, 3, 16, 16), dtype=torch.uint8) * (real[:1] < 255)
-    same, inverted, noisy, collapsed = (evaluate.distances(embed(x), embed(real)) for x in (good, 255 - good, noisy, collapsed))
+    jitter = torch.randint(0, 2, (600, 3, 16, 16), dtype=torch.uint8)
+    collapsed = real[:1].repeat(600, 1, 1, 1) + jitter * (real[:1] < 255)
+    same, inverted, noisy, collapsed = (
+        evaluate.distances(embed(x), embed(real)) for x in (good, 255 - good, noisy, collapsed))
     assert same["frechet"] * 4 < min(noisy["frechet"], inverted["frechet"])
     assert abs(same["kid"]) < 0.001 and inverted["kid"] > 0.01
     assert same["precision"] > 0.9 and same["recall"] > 0.9
@@ -70,154 +89,324 @@ def test_distances_tell_good_from_bad(embed):
     assert collapsed["precision"] > 0.9 and collapsed["recall"] < 0.1
 
 
-def test_evaluate_command(finished, tmp_path, capsys):
-    evaluate.main(["--run", str(finished), "--num", "50", "--nfe", "2", "--json", str(tmp_path / "report.json")])
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_evaluate_a_run_from_scratch(finished, tmp_path, capsys):
+    """Its report is printed and written; it draws what yoso.py draws, in several chunks too."""
+    path = tmp_path / "report.json"
+    evaluate.main(["--run", str(finished), "--num", "20", "--nfe", "2", "--json", str(path)])
+    report = json.loads(path.read_text())
     assert report == json.loads(capsys.readouterr().out)
-    assert report["num"] == 50 and report["features"] == "random-conv" and report["torch_fidelity"] == torch_fidelity.__version__
-    assert {"frechet", "precision", "recall", "clean", "modes"} <= report.keys()
+    assert (report["num"], report["size"], report["nfe"]) == (20, 16, 2)
+    assert report["features"] == "random-conv" and report["torch_fidelity"] == torch_fidelity.__version__
+    assert {"frechet", "precision", "recall", "clean", "modes"} <= report.keys() and "right" not in report
+    sampler, _ = yoso.load_sampler(finished)
+    chunks = list(evaluate.few_step_chunks(sampler, [""] * 300, 1, 0))
+    assert [len(captions) for _, captions in chunks] == [len(x) for x, _ in chunks] == [256, 44]
+    first = next(yoso.draw_pictures(sampler, [""] * 300, 1, 0))
+    assert torch.equal(chunks[0][0], evaluate.to_uint8(first))
 
 
-def test_evaluate_two_folders(tmp_path):
+def test_evaluate_a_run_that_fine_tunes(tmp_path):
+    """Its pipeline is measured, from the informative prior that lies beside it; without one, one line."""
+    config = yoso.Config(**yoso.PRESETS["mini"] | dict(preset="mini"))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(UserError, match="not finished"):
+        evaluate.evaluate(run=tmp_path, num=5, device="cpu")
+    tiny.sd().save_pretrained(tmp_path / "pipeline")
+    InformativePrior(torch.zeros(4, 8, 8), torch.ones(4, 1, 1)).save(tmp_path / "pipeline")
+    reports = [evaluate.evaluate(run=tmp_path, num=5, prior=prior, device="cpu") for prior in (True, False)]
+    assert [report["informative_prior"] for report in reports] == [True, False]
+    assert all(report["steps"] == 1 and report["model"] == str(tmp_path / "pipeline") for report in reports)
+    assert reports[0]["frechet"] != reports[1]["frechet"] and "right" in reports[0]
+
+
+def test_evaluate_two_folders(tmp_path, embed):
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
         for i, image in enumerate(drawings(40, seed)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
     report = evaluate.evaluate(images=tmp_path / "a", dataset=str(tmp_path / "b"), num=100, size=16)
     assert report["num"] == report["reference_num"] == 40
-    embed = evaluate.load_features("random-conv")
     direct = evaluate.distances(embed(drawings(40, 1)), embed(drawings(40, 2)))
     assert report["frechet"] == pytest.approx(direct["frechet"], rel=1e-6)
 
 
+@pytest.mark.parametrize("flags, message", [
+    ([], "give one of --run"), (["--run", "a", "--model", "b"], "give one of --run"),
+    (["--images", "a"], "give one of --run"),
+    (["--images", "no/where", "--dataset", "shapes"], "no such folder"),
+    (["--model", "a", "--json", "no/where/at.json"], "--json no/where/at.json"),
+    (["--model", "a", "--num", "4"], "--num 4")])
+def test_evaluate_names_what_is_wrong(flags, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(flags)
+
+
 def test_another_palette_is_read_as_what_it_shows():
     """Rolled drawings are the same drawings in the next colours, and all right by their own attributes."""
-    plain, rolled = plumbing.data.load_dataset("shapes", 32), plumbing.data.load_dataset("shapes-rolled", 32)
-    attributes = plain.attributes(range(100))
-    assert rolled.captions(attributes) == plain.captions(attributes) and not torch.equal(rolled.draw(attributes), plain.draw(attributes))
-    assert torch.equal(rolled.draw(attributes), plain.draw(rolled.shown(attributes)))
-    read = evaluate.shapes_report(rolled.draw(attributes), rolled.shown(attributes))
-    assert read["right"] == 1 and evaluate.shapes_report(rolled.draw(attributes), attributes)["right"] == 0
+    plain, rolled = load_dataset("shapes", 32), load_dataset("shapes-rolled", 32)
+    attributes = plain.attributes(range(32))
+    pictures = rolled.draw(attributes)
+    assert rolled.captions(attributes) == plain.captions(attributes)
+    assert not torch.equal(pictures, plain.draw(attributes))
+    assert torch.equal(pictures, plain.draw(rolled.shown(attributes)))
+    assert evaluate.shapes_report(pictures, rolled.shown(attributes))["right"] == 1
+    assert evaluate.shapes_report(pictures, attributes)["right"] == 0
 
 
 def test_the_backgrounds_colour_error():
     dataset = Shapes(32)
-    attributes = dataset.attributes(range(60))
+    attributes = dataset.attributes(range(32))
     pictures = dataset.draw(attributes)
     assert evaluate.shapes_report(pictures, attributes)["background_error"] < 0.003
-    assert evaluate.shapes_report((pictures.float() * 0.9).byte(), attributes)["background_error"] == pytest.approx(
-        0.1 * torch.tensor([1.0, 0.5, 0.0])[attributes["background"]].mean().item(), abs=0.005)
+    darker = evaluate.shapes_report((pictures.float() * 0.9).byte(), attributes)["background_error"]
+    expected = 0.1 * torch.tensor([1.0, 0.5, 0.0])[attributes["background"]].mean().item()
+    assert darker == pytest.approx(expected, abs=0.005)
 
+
+# pretrain.py
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_perfect_denoiser_has_no_loss(prediction_type):
-    schedule = common.NoiseSchedule.from_config(tiny.scheduler().config).zero_terminal_snr()
-    x0 = torch.randn(16, 4, 8, 8)
+    schedule = NoiseSchedule.from_config(tiny.scheduler().config).zero_terminal_snr()
+    x0, draw = torch.randn(16, 4, 8, 8), Draws(0, 0, 16, slice(None), "cpu")
 
     def perfect(x_t, t):
         return SimpleNamespace(sample=schedule.convert(x0, x_t, t, "sample", prediction_type))
 
-    draw = common.Draws(0, 0, 16, slice(None), "cpu")
+    blind = lambda x_t, t: SimpleNamespace(sample=0 * x_t)
     assert pretrain.denoising_loss(perfect, schedule, x0, {}, draw, prediction_type) < 1e-6
-    assert pretrain.denoising_loss(lambda x_t, t: SimpleNamespace(sample=0 * x_t), schedule, x0, {}, draw, prediction_type) > 0.5
+    assert pretrain.denoising_loss(blind, schedule, x0, {}, draw, prediction_type) > 0.5
 
 
 def test_a_base_is_trained_on(tmp_path):
     """Another palette and PixArt's schedule: the UNet moves, nothing else does."""
     tiny.sd().save_pretrained(tmp_path / "sd")
-    pretrain.main(["--base", str(tmp_path / "sd"), "--dataset", "shapes-rolled", "--schedule", "pixart", "--iterations", "2", "--device", "cpu",
-                   "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")])
-    (before, codec), (after, other) = common.load(tmp_path / "sd"), common.load(tmp_path / "out")
+    pretrain.main(["--base", f"{tmp_path}/sd", "--dataset", "shapes-rolled", "--schedule", "pixart",
+                   "--iterations", "2", "--out", f"{tmp_path}/out", "--runs", f"{tmp_path}/runs",
+                   "--batch-size", "8", "--device", "cpu"])
+    (before, codec), (after, other) = load(tmp_path / "sd"), load(tmp_path / "out")
     assert after.schedule.alpha[-1].item() == pytest.approx(0.00635282, rel=1e-4)
-    assert any(not torch.equal(v, before.net.state_dict()[k]) for k, v in after.net.state_dict().items())
+    old, new = before.net.state_dict(), after.net.state_dict()
+    assert any(not torch.equal(v, old[k]) for k, v in new.items())
     assert all(torch.equal(v, codec.vae.state_dict()[k]) for k, v in other.vae.state_dict().items())
-    with pytest.raises(common.UserError, match="--schedule cosine"):
-        pretrain.main(["--base", str(tmp_path / "sd"), "--schedule", "cosine", "--out", str(tmp_path / "no")])
-    for argv in (["--base", str(tmp_path / "sd")], ["--base", str(tmp_path / "sd"), "--out", str(tmp_path / "sd")], ["--dataset", str(tmp_path)]):
-        with pytest.raises(common.UserError, match="--out .*replaced as a whole"):
-            pretrain.main(argv)
-    with pytest.raises(common.UserError, match="--schedule: only with --base"):
-        pretrain.main(["--schedule", "pixart", "--out", str(tmp_path / "no")])
 
 
-def test_ablation_rows_are_kept_and_failures_named(tmp_path, monkeypatch):
-    rows = [dict(arm="yoso", seed=s, num=10, flags=["--iterations", "10", "--seed", str(s)], **{k: s for k in ablate.COLUMNS["yoso"]})
-            for s in (0, 1)]
+@pytest.mark.parametrize("flags, message", [
+    (["--base", "sd", "--schedule", "cosine", "--out", "no"], "--schedule cosine: must be one of sd, pixart"),
+    (["--base", "sd"], "--out .*replaced as a whole"), (["--dataset", "folder"], "--out .*replaced"),
+    (["--base", "sd", "--out", "./sd"], "--out .*replaced"), (["--scale", "0"], "--scale 0.0: must be above"),
+    (["--schedule", "pixart", "--out", "no"], "--schedule: only with --base")])
+def test_pretrain_names_what_is_wrong(flags, message):
+    with pytest.raises(UserError, match=message):
+        pretrain.main(flags)
+
+
+# ablate.py and plot.py
+
+def test_ablation_rows_are_kept(tmp_path):
+    """An existing row is not run again, and does not stand for another setting."""
+    columns = ablate.COLUMNS["yoso"]
+    rows = [dict(arm="yoso", seed=s, num=10, flags=["--iterations", "10", "--seed", str(s)]) | dict.fromkeys(
+        columns, s) for s in (0, 1)]
     for row in rows:
         (tmp_path / f"yoso-seed{row['seed']}.json").write_text(json.dumps(row))
-    assert [ablate.run_row("yoso", "yoso", s, 10, tmp_path, 10) for s in (0, 1)] == rows, "an existing row is not run again"
-    with pytest.raises(common.UserError, match="choose another --out"):
+    assert [ablate.run_row("yoso", "yoso", s, 10, tmp_path, 10) for s in (0, 1)] == rows
+    with pytest.raises(UserError, match="choose another --out"):
         ablate.run_row("yoso", "yoso", 0, 20, tmp_path, 10)
     table = ablate.table("yoso", rows)
     assert "| yoso | 2 | 0.5 ± 0.71 |" in table and "| UFOGen | 0 | not run |" in table
-    monkeypatch.setitem(ablate.YOSO, "yoso", ["--distance", "l3"])
-    failed = ablate.run_row("yoso", "yoso", 7, 10, tmp_path, 10)
-    assert "--distance l3: unknown" in failed["failed"] and not (tmp_path / "yoso-seed7.json").exists()
+
+
+def in_this_process(command, stdout, stderr):
+    """Stands for subprocess.run on one of the scripts."""
+    try:
+        SCRIPTS[command[1].name].main([*map(str, command[2:]), *TINY[2:]])
+    except UserError as error:
+        stderr.write(f"{error}\n")
+        stderr.flush()
+        return SimpleNamespace(returncode=2)
+    return SimpleNamespace(returncode=0)
+
+
+def test_an_ablation_is_trained_and_measured(tmp_path, monkeypatch, capsys):
+    """What fails is named, and its row is tried again next time; the curves and the rows are drawn."""
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setitem(ablate.YOSO, "UFOGen", (["--adversary", "none"], None, None))
+    row, failed = (ablate.run_row("yoso", arm, 7, 4, tmp_path, 10) for arm in ("no consistency", "UFOGen"))
+    assert "--adversary none: must be one of" in failed["failed"]
+    assert "ufogen-seed7: not run: --adversary none" in capsys.readouterr().err
+    assert row == json.loads((tmp_path / "no-consistency-seed7.json").read_text())
+    assert (row["iterations"], row["num"], row["seed"]) == (4, 10, 7) and row["minutes"] >= 0
+    ablate.main(["yoso", "--table", "--out", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert f"| no consistency | 1 | {row['frechet']:.3g} |" in table and "| UFOGen | 0 | not run |" in table
+    run, curves, rows = tmp_path / "no-consistency-seed7", tmp_path / "curves.png", tmp_path / "rows.png"
+    plot.main([str(run), str(run), "--keys", "L_D", "L_adv", "--png", str(curves)])
+    plot.main([str(tmp_path), "--arms", "no*", "--keys", "frechet", "recall", "--png", str(rows)])
+    assert Image.open(curves).size[0] > 1.5 * Image.open(curves).size[1] and min(Image.open(rows).size) > 300
 
 
 @pytest.mark.parametrize("method", ablate.ARMS)
 def test_arms_have_names_of_their_own_and_flags_that_exist(method):
     arms = ablate.ARMS[method]
     assert len({ablate.name_of(arm, 0) for arm in arms}) == len(arms)
-    script = importlib.import_module("yoso" if method.startswith("yoso") else method)
-    kind, presets = (yoso.FineTune, yoso.FINE_TUNE_PRESETS) if method.startswith("yoso_") else (script.Config, script.PRESETS)
-    for arm in arms.values():
-        arguments = [a.format(iterations=3, longer=9, out="out", seed=0) for a in (arm if method == "yoso" else arm[0]) or ()]
-        assert plumbing.cli.parse_config(kind, presets, arguments, "").iterations in (1, 3, 9, 100, 200, 400, 800, kind.iterations) or not arguments
+    script = SCRIPTS["yoso.py" if method.startswith("yoso") else f"{method}.py"]
+    for flags, _, _ in arms.values():
+        if flags is not None:
+            argv = [flag.format(iterations=3, longer=9, out="out", seed=0) for flag in flags]
+            config = parse_config(script.Config, script.PRESETS, argv, "", script.preset_of)
+            script.check(config)
+            assert config.iterations in (1, 3, 9, 100, 200, 400, 800)
 
 
-def test_benchmark_accounts_for_the_step(tmp_path):
-    parts, networks, run = benchmark.yoso_parts(config(tmp_path, r1=0.1), tmp_path / "run")
-    times = benchmark.time_parts(parts, 1, run.device)
-    assert {"step", "step with R1"} < times.keys() and all(t > 0 for t in times.values())
-    assert set(networks) == {"generator", "discriminator"}
+# benchmark.py
+
+def benchmarked(script, folder, **changes):
+    """(config, run, models, batch) of a small cast on the mini models, each of whose passes has run once."""
+    preset = "mini-lora" if script is yoso else "shapes"
+    changes = dict(preset=preset, batch_size=4, device="cpu") | changes
+    config = script.Config(**script.PRESETS[preset] | changes)
+    run, models, batch = benchmark.cast_of(script, config, folder)
+    for part in benchmark.PARTS[script](config, run, models, *batch).values():
+        part()
+    return config, run, models, batch
 
 
-def test_scaling_names_what_is_wrong():
-    with pytest.raises(common.UserError, match="--batch-size 9 is not divisible"):
-        benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "9", "--processes", "2"])
+def test_the_benchmarks_command(tmp_path, capsys):
+    """A table on stdout, and the report as JSON: the passes, what is left, R1 beside them."""
+    path = tmp_path / "report.json"
+    benchmark.main(["yoso", *TINY, "--repeats", "1", "--json", str(path)])
+    report, shown = json.loads(path.read_text()), capsys.readouterr().out
+    assert (report["method"], report["preset"], report["batch_size"]) == ("yoso", "shapes", 8)
+    assert report["calls"] == dict(generator=[2, 1], discriminator=[2, 2])
+    assert "| generator: calls, those with a backward pass, in forward passes | 2, 1, 4 |" in shown
+    assert "G for the target, forward" not in report["share"]  # it is the real side
+    assert all(share > 0 and f"| {name} | " in shown for name, share in report["share"].items())
+    assert sum(report["share"].values()) + report["overhead"] == pytest.approx(1, abs=1e-3)
+    assert report["peak_MB"][benchmark.R1] > report["peak_MB"]["step"] > 0 and "r1_share" in report
+    assert set(report["sampling"]) == {benchmark.ONE_STEP}  # its pictures are not decoded
 
 
-def test_scaling_over_two_processes(tmp_path):
-    """Four rates; what fails in a process is told."""
-    with pytest.raises(common.UserError, match="--processes 2: a process failed .*a multiple of 4"):
-        benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "6", "--processes", "2"])
-    benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "8", "--channels", "8", "16", "--channels-d", "8", "16", "--processes", "2",
-                    "--repeats", "5", "--json", str(tmp_path / "rates.json")])
-    rates = json.loads((tmp_path / "rates.json").read_text())
-    assert set(rates) == {"whole", "part", "together", "apart"} and all(rate > 0 for rate in rates.values())
+def test_passes_of_the_perceptual_distance_are_counted(tmp_path, monkeypatch):
+    """VGG runs once on the fake pictures, with a backward pass, and once on each of the two others."""
+    random_vgg(monkeypatch)
+    config = tiny_config(tmp_path, rec_distance="lpips", con_distance="lpips", batch_size=4)
+    run, models, batch = benchmark.cast_of(yoso, config, tmp_path)
+    networks, optimizers = benchmark.networks_of(models), benchmark.optimizers_of(models)
+    step = benchmark.step_of(yoso, config, run, models, batch)
+    cost = cost_of_step(run, networks, optimizers, step, {0: 1.0})
+    assert cost["calls"]["lpips"] == [3, 1] and cost["units"]["lpips"] == 4
+    assert cost["parameters"]["lpips"] == 14_714_688
+
+
+@pytest.mark.parametrize("rank", [4, pytest.param(0, marks=pytest.mark.slow)])
+def test_benchmark_of_fine_tuning(tmp_path, rank):
+    """Every pass runs; G has one for the target, and what is drawn is decoded."""
+    config, run, models, batch = benchmarked(yoso, tmp_path, rank=rank)
+    parts = benchmark.PARTS[yoso](config, run, models, *batch)
+    assert {"VAE encoder", "G for the target, forward", benchmark.DECODED} < set(parts)
+    assert set(benchmark.networks_of(models)) == {"generator", "discriminator", "half"}
 
 
 @pytest.mark.parametrize("stage", ["a", "b"])
 def test_benchmark_of_swiftbrush(tmp_path, stage):
-    """Every part runs; a separate LoRA teacher is a network of its own, and costs the memory of one."""
-    config = swiftbrush_v2.Config(**swiftbrush_v2.PRESETS["shapes"] | dict(stage=stage, batch_size=2, device="cpu"))
-    parts, networks, run = benchmark.swiftbrush_parts(config, tmp_path / "run")
-    times = benchmark.time_parts(parts, 1, run.device)
-    assert all(t > 0 for t in times.values()) and ("decoder and CLIP, forward + input backward" in times) == (stage == "b")
-    assert networks["teacher"] is networks["lora_teacher"] and (networks["student"] is networks["teacher"]) == (stage == "b")
-    separate = benchmark.swiftbrush_parts(config, tmp_path / "separate", True)[1]
-    assert separate["teacher"] is not separate["lora_teacher"]
+    """Every pass runs; a LoRA teacher on a network of its own teaches the same."""
+    config, run, models, batch = benchmarked(swiftbrush_v2, tmp_path, stage=stage)
+    parts = benchmark.PARTS[swiftbrush_v2](config, run, models, *batch)
+    assert ("decoder and CLIP, forward + input backward" in parts) == (stage == "b")
+    networks = benchmark.networks_of(models)
+    assert networks["teacher"] is networks["lora_teacher"]
+    assert (networks["student"] is networks["teacher"]) == (stage == "b")
+    gradients = lambda denoiser: [p.grad.clone() for p in denoiser.trainable().values()]
+    benchmark.step_of(swiftbrush_v2, config, run, models, batch)()
+    shared = gradients(models.student) + gradients(models.lora_teacher)
+    _, step = benchmark.variant_of(swiftbrush_v2, config, run, models, batch)
+    step()
+    assert models.lora_teacher.net is not models.teacher.net
+    separate = gradients(models.student) + gradients(models.lora_teacher)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(shared, separate, strict=True))
 
 
 def test_benchmark_of_diff_instruct(tmp_path):
-    """Every part runs; one plain backward pass holds the graphs of divergence and reward together, the leaf trick does not."""
-    config = diff_instruct_star.Config(**diff_instruct_star.PRESETS["shapes"] | dict(batch_size=8, device="cpu"))
-    parts, networks, run = benchmark.diff_instruct_parts(config, tmp_path / "run")
-    assert all(t > 0 for t in benchmark.time_parts(parts, 1, run.device).values())
-    assert len({id(network) for network in networks.values()}) == 3
-    leaf, plain = (benchmark.peak_of_steps(benchmark.diff_instruct_parts, config, tmp_path / str(p), p) for p in (False, True))
+    """Every pass runs; a plain backward pass gives the same gradient as the leaf, and takes more memory."""
+    config, run, models, batch = benchmarked(diff_instruct_star, tmp_path)
+    assert len({id(network) for network in benchmark.networks_of(models).values()}) == 3
+    make_steps = (benchmark.step_of, lambda *cast: benchmark.variant_of(*cast)[1])
+    gradients = []
+    for make_step in make_steps:
+        make_step(diff_instruct_star, config, run, models, batch)()
+        gradients.append([p.grad.clone() for p in models.student.trainable().values()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    leaf, plain = (benchmark.peak_of_steps(diff_instruct_star, config, tmp_path, m) for m in make_steps)
     assert leaf < plain
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--batch-size", "9", "--processes", "2"], "--batch-size 9 is not divisible"),
+    (["--processes", "1"], "--processes 1: must be"), (["--repeats", "0"], "--repeats 0: must be"),
+    (["--rank", "4"], "--rank 4: needs --model"), (["--lr", "-1"], "--lr -1.0: must be above 0")])
+def test_the_benchmark_names_what_is_wrong(flags, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.main(["yoso", *flags])
+
+
+def rate_here(folder, apart):
+    """Of one of the processes of a group; exchanges are those of torch again when it is measured."""
+    exchange = torch.distributed.all_reduce
+    assert benchmark.rate_of(yoso, tiny_config(folder), folder, 1, apart) > 0
+    assert torch.distributed.all_reduce is exchange
+
+
+def test_the_rate_of_a_process(tmp_path):
+    rate_here(tmp_path, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_rate_of_two_processes(tmp_path, apart):
+    ranks(2, rate_here, tmp_path, apart)
+
+
+def test_what_fails_in_a_process_is_told(monkeypatch):
+    stderr = "W torch.distributed.run\nbenchmark.py: --batch-size 6: must be\nTraceback\n"
+    failed = SimpleNamespace(returncode=2, stderr=stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match=r"a process failed \(benchmark.py: --batch-size 6: must be\)"):
+        benchmark.main(["yoso", "--preset", "shapes", "--batch-size", "6", "--processes", "2"])
+
+
+@pytest.mark.slow
+def test_scaling_over_two_processes(tmp_path):
+    """Four rates, each of a program of its own."""
+    path = tmp_path / "rates.json"
+    benchmark.main(["yoso", *TINY, "--processes", "2", "--repeats", "5", "--json", str(path)])
+    rates = json.loads(path.read_text())
+    assert set(rates) == {"whole", "part", "together", "apart"} and all(rate > 0 for rate in rates.values())
+
+
+# The README
+
+def commands_of_the_readme():
+    """(script, its words) of every command in the README that runs one of ours."""
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"(?:python|torchrun[^\n`]*?) ((?:tools/)?\w+\.py)([^\n#`]*)", readme)
+    return [(script, shlex.split(rest.replace("...", ""))) for script, rest in found]
+
+
 def test_every_command_of_the_readme_has_existing_flags():
-    """Flags in the README's commands exist in the script that the command names."""
-    root = common.Path(__file__).parent.parent
-    readme = (root / "README.md").read_text()
-    sources = {str(path.relative_to(root)): path.read_text() for path in (*root.glob("*.py"), *(root / "tools").glob("*.py"))}
-    commands = re.findall(r"(?:python|torchrun[^\n]*?) ((?:tools/)?\w+\.py)([^\n#]*)", readme)
-    assert len(commands) >= 8
-    for script, rest in commands:
-        for name in set(re.findall(r"--([a-z0-9-]+)", rest)) - {"help"}:
-            text = sources[script] + (sources["yoso.py"] + sources["swiftbrush_v2.py"] if script == "tools/benchmark.py" else "")
-            assert f'"--{name}"' in text or f"\n    {name.replace('-', '_')}: " in text, (script, name)
+    """Those that train are parsed, and their flags work together."""
+    commands = commands_of_the_readme()
+    assert len(commands) >= 8 and {script for script, _ in commands} >= set(SCRIPTS)
+    shared = (ROOT / "plumbing" / "cli.py").read_text()
+    for name, words in commands:
+        script = SCRIPTS.get(name)
+        if script and words[:1] not in (["sample"], ["merge"]) and "--help" not in words:
+            script.check(parse_config(script.Config, script.PRESETS, words, "", script.preset_of))
+            continue
+        text = (ROOT / name).read_text() + shared
+        configs = [pretrain.Config] if name == "tools/pretrain.py" else [script.Config] if script else []
+        if name in ("tools/benchmark.py", "tools/forecast.py"):
+            configs = [script.Config for script in SCRIPTS.values()]
+        known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+        known |= set(re.findall(r'"--([a-z0-9-]+)"', text)) | {"help"}
+        assert {word[2:].split("=")[0] for word in words if word.startswith("--")} <= known, (name, words)
