@@ -228,9 +228,9 @@ def furthest(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def plain(path):
+def plain(path, kind=DiffusionPipeline, **parts):
     """A pipeline as diffusers itself loads it."""
-    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe = kind.from_pretrained(path, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

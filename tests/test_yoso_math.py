@@ -371,18 +371,19 @@ def test_the_latent_z_changes_the_picture_whatever_its_length(tmp_path):
     torch.testing.assert_close(generator(x, t, class_labels=3 * z).sample, picture, atol=1e-5, rtol=0)
 
 
-def discriminators(config):
-    """name -> (discriminator, x [4, ...], t, cond) of a run from scratch and of a fine-tune."""
+def discriminator_of(name, folder):
+    """(discriminator, x [4, ...], t, cond) of a run from scratch or of a fine-tune."""
     t = torch.tensor([0, 2, 3, 4])
+    if name == "scratch":
+        return yoso.Discriminator(tiny_config(folder)), torch.randn(4, 3, 16, 16), t, {}
     text = dict(encoder_hidden_states=torch.randn(4, 5, 32))
-    latent = yoso.LatentDiscriminator(tiny.unet(), 8), torch.randn(4, 4, 8, 8), 200 * t, text
-    return dict(scratch=(yoso.Discriminator(config), torch.randn(4, 3, 16, 16), t, {}), latent=latent)
+    return yoso.LatentDiscriminator(tiny.unet(), 8), torch.randn(4, 4, 8, 8), 200 * t, text
 
 
 @pytest.mark.parametrize("name", ["scratch", "latent"])
 def test_the_discriminator_starts_undecided_and_reads_everything(name, tmp_path):
     """Picture, level, caption, and where in the picture something is."""
-    discriminator, x, t, cond = discriminators(tiny_config(tmp_path))[name]
+    discriminator, x, t, cond = discriminator_of(name, tmp_path)
     logits = discriminator(x, t, cond)
     assert torch.equal(logits, torch.zeros(4))
     assert yoso.discriminator_loss(logits, logits).item() == pytest.approx(2 * np.log(2), rel=1e-5)
@@ -392,6 +393,17 @@ def test_the_discriminator_starts_undecided_and_reads_everything(name, tmp_path)
     changed += [(x, t, {key: 0 * value for key, value in cond.items()})] * bool(cond)
     for inputs in changed:
         assert (discriminator(*inputs) - logits).abs().max() > 1e-4
+
+
+def test_the_latent_discriminator_knows_the_place_of_a_feature():
+    """Its pooling would otherwise not depend on the order of the places."""
+    discriminator, x, t, cond = discriminator_of("latent", None)
+    torch.nn.init.normal_(discriminator.end.weight)
+    h = discriminator.features(x, t, cond)
+    discriminator.features.forward = lambda *inputs: h
+    logits = discriminator(x, t, cond)
+    discriminator.features.forward = lambda *inputs: h.flip(3)
+    assert (discriminator(x, t, cond) - logits).abs().max() > 1e-4
 
 
 def test_pictures_of_a_group_are_seen_together(tmp_path):

@@ -16,19 +16,30 @@ import tiny
 import torch
 from diffusers import (
     ControlNetModel,
-    DiffusionPipeline,
     LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DModel,
 )
-from helpers import CAPTIONS, TINY, drawings, equal, fails, metrics, ranks, state, unexplained
+from helpers import (
+    CAPTIONS,
+    TINY,
+    drawings,
+    equal,
+    fails,
+    metrics,
+    plain,
+    ranks,
+    state,
+    stop_at,
+    unexplained,
+    weights,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
 import plumbing.cli
-import plumbing.run
 import yoso
 from common import HalfUNet, InformativePrior, UserError, load
 
@@ -42,13 +53,6 @@ KINDS = dict(full=[], lora=["--rank", 4, "--alpha", 8], adapt=["--adapt", "--ran
 
 def run(arguments):
     yoso.main([str(argument) for argument in arguments])
-
-
-def plain(path, kind=DiffusionPipeline, **parts):
-    """A pipeline as diffusers alone loads it."""
-    pipe = kind.from_pretrained(path, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +119,12 @@ def test_the_export_is_the_average(models, finished):
     adapted = finished["adapt"].out / "adapt-2" / "pipeline"
     for kind, base in dict(full=None, lora=models / "sd", adapt=adapted).items():
         out = finished[kind].out
-        exported, saved = load(out / "pipeline")[0].net.state_dict(), state(out)
+        exported, saved = weights(out / "pipeline"), state(out)
         assert not equal(saved["ema"], saved["generator"])
         if kind == "full":
-            assert equal(dict(exported), saved["ema"])
+            assert equal(exported, saved["ema"])
             continue
-        start, scale, changed = load(base)[0].net.state_dict(), dict(lora=2.0, adapt=1.0)[kind], 0
+        start, scale, changed = weights(base), dict(lora=2.0, adapt=1.0)[kind], 0
         for key, value in start.items():
             a, b = (saved["ema"].get(key.replace(".weight", f".lora_{side}.student.weight")) for side in "AB")
             if a is not None:
@@ -252,25 +256,16 @@ def test_controlnet_on_the_one_step(finished):
     pytest.param("lora", "out", False, marks=pytest.mark.slow)])
 def test_stopping_and_resuming_is_exact(models, finished, tmp_path, monkeypatch, kind, stage, elsewhere):
     """By the same command, or with --resume in another folder, which takes the adaptation along."""
-    finish = plumbing.run.Run.finish_iteration
-
-    def stop(self, iteration, losses):
-        if self.out.name == stage:
-            self.signal = 15
-        return finish(self, iteration, losses)
-
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
-        patched.setattr(plumbing.run.Run, "finish_iteration", stop)
+        stop_at(patched, stage, 1)
         run(flags(kind, models, tmp_path / "out"))
     assert stopped.value.code == 128 + 15 and not (tmp_path / "out" / "pipeline").exists()
     out = tmp_path / "elsewhere" if elsewhere else tmp_path / "out"
     run(flags(kind, models, out, *(["--resume", tmp_path / "out"] if elsewhere else [])))
     assert equal(state(out), state(finished[kind].out))
     if kind == "adapt":
-        parts = ("adapt-2/pipeline", "pipeline")
-        for part in parts:
-            ours, theirs = (load(path / part)[0].net.state_dict() for path in (out, finished[kind].out))
-            assert equal(dict(ours), dict(theirs))
+        for part in ("adapt-2/pipeline", "pipeline"):
+            assert equal(weights(out / part), weights(finished[kind].out / part))
     elif kind != "scratch":
         ours, theirs = (path / "comparison.png" for path in (out, finished[kind].out))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -321,8 +316,8 @@ def test_pixart_with_sds_half(models, tmp_path, more):
     denoiser, codec = load(out / "pipeline")
     assert denoiser.prediction_type == ("v_prediction" if "--adapt" in more else "epsilon")
     assert (InformativePrior.read(out / "pipeline") is None) == ("--adapt" in more)
-    trained, base = denoiser.net.state_dict(), load(models / "pixart")[0].net.state_dict()
-    assert not equal(dict(trained), dict(base))
+    trained, base = weights(out / "pipeline"), weights(models / "pixart")
+    assert not equal(trained, base)
     if "--rank" in more:
         merged = load(out / "adapt-2" / "pipeline", lora=out)[0].net.state_dict()
         for key, value in trained.items():
