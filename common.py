@@ -206,7 +206,7 @@ def one_step(student, z, cond):
 # Sampling
 
 class Draws:
-    """The random numbers of one iteration: a function of (seed, iteration) alone.
+    """The random numbers of one iteration, in sampling of one chunk: a function of (seed, iteration) alone.
 
     Every rank draws the numbers of the whole global batch and keeps its own rows, so that a run gives the
     same result on any number of ranks, and resuming needs no generator state.
@@ -640,10 +640,9 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.n
 
 
 def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
-    """Adds the LoRA `name`, which starts as no change, to a frozen network; returns its parameters by name.
+    """Adds the LoRA `name` to a network, whose own weights it freezes; returns the LoRA's parameters by name.
 
-    The LoRA acts inside `use_lora(net, name)`, and in a Denoiser with that adapter. The network's own weights
-    stay frozen.
+    The LoRA starts as no change, and acts inside `use_lora(net, name)` and in a Denoiser with that adapter.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     with warnings.catch_warnings():

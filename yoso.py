@@ -6,36 +6,36 @@ problem, so YOSO matches level t to a less noisy level: the "real" pictures are 
 there, which are a little better than the fake ones. Level 1 learns from the data, level 2 from level 1, and
 so on up to pure noise: the generator cooperates with itself.
 
-Algorithm 1 with Eq. 6; the same numbers stand in train_step:
-  1. draw data x0, noise eps, level t in 1..T; all levels of a sample share x0 and eps
-  2. fake = G(x_t, t), with its graph
-  3. real = sg[G(x_r, r)] at r = max(t - k, 0), target = sg[G(x_c, c)] at c = max(t - m, 0); at level 0 the
-     data x0 stands in place of G's prediction
-  4. discriminator: L_D = softplus(-D(real, t)) + softplus(D(sg[fake], t)), not clipped
-  5. generator: L_G = lambda_t d(fake, x0) + lambda_t^con d(fake, target) + softplus(-D(fake, t)), through the
-     updated D, which is frozen; the norm of the gradient is clipped by --clip-norm
-  6. EMA of the generator, which only draws samples: fake, real and target come from the current weights
-Sampling: x_T ~ N(0, I), x0 = G(x_T, T). With 2 calls: fresh noise on x0 at level T - (T + 1) // 2, then G
-again. No guidance, neither here nor in training.
+Algorithm 1 with Eq. 6; the same numbers stand in train_step: 1. draw data x0, noise eps, level t in 1..T; all
+levels of a sample share x0, eps and the condition 2. fake = G(x_t, t); its graph is kept for step 5 where one
+micro-batch holds the whole batch 3. real = sg[G(x_r, r)] at r = max(t - k, 0), target = sg[G(x_c, c)] at c =
+max(t - m, 0); at level 0 the data x0 stands in place of G's prediction 4. discriminator: L_D =
+softplus(-D(real, t)) + softplus(D(sg[fake], t)), in some iterations plus R1 (--r1); its gradient is not
+clipped 5. generator: L_G = lambda_t d(fake, x0) + lambda_t^con d(fake, target) + softplus(-D(fake, t)),
+through the updated D, which is frozen; the L2 norm of G's whole gradient is clipped to --clip-norm 6. EMA of
+the generator, which only draws samples: fake, real and target come from the current weights Sampling: x_T ~
+N(0, I) (or the informative prior, below), x0 = G(x_T, T). With 2 calls: fresh noise on x0 at level T - (T +
+1) // 2, then G again. No guidance, neither here nor in training.
 
-From scratch (Eq. 4) there are T = 4 levels and k = m = 1, G also gets a latent z, and D is a network of its
-own. With --model the same step fine-tunes a text-to-image model in its latent space: T = 999, k = 250, m = 25
-(Eq. 6), D is half of the pretrained UNet with a head (of --discriminator's, if given), and the consistency
-term's d is taken in the features of that half, frozen (Eq. 5); the reconstruction's d is l2. Two remedies
-where level T is not pure noise: sampling starts from the informative prior (section 5.2), or --adapt first
-makes the network predict v on a schedule that ends in pure noise (section 5.2).
+From scratch (Eq. 4) there are T = 4 levels and k = m = 1, G also gets a latent z (--latent-z), and D is a
+network of its own. With --model the same step fine-tunes a text-to-image model in its latent space: T = 999,
+k = 250, m = 25 (Eq. 6), D is half of the pretrained UNet with a head (of --discriminator's, if given), and
+the consistency term's d is taken in the features of that half, frozen (Eq. 5); the reconstruction's d is l2.
+Two remedies where level T is not pure noise: sampling starts from the informative prior (section 5.2), or
+--adapt first makes the network predict v on a schedule that ends in pure noise (section 5.2).
 
 Symbols, paper -> code: x, x_0 -> x0; sqrt(abar_t) -> alpha_t; G_theta -> generator; D_phi -> discriminator,
 which returns logits; x^t -> fake; x^{t-1} -> real, target; k, m -> real_offset, con_offset, in thousandths of
 the schedule, one level at least; lambda_t -> lambda_rec * min(reconstruction_weight, weight_limit);
-lambda_t^con -> lambda_con * min(w(t), weight_limit), w by con_weight; h -> half, a HalfUNet.
+lambda_t^con -> lambda_con * min(w(t), weight_limit), w = 1 / (1/SNR(t) - 1/SNR(c)), under --con-weight sqrt
+with the square roots of the SNRs (preset full: lambda_con 2, sqrt, weight_limit 5); h -> half, a HalfUNet.
 
 Differences from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake),
 as in any GAN. The real side and the target are under stop-gradient in both places. Real and fake go into D
-with the fake's t (under --adversary ufogen with t - k, the level of both). From scratch the generator is
-diffusers' UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no FIR resampling. The second
-stage of the adaptation regresses onto the velocity of the rescaled schedule, for the printed one would leave
-noise in a perfect student.
+with the fake's t (under --adversary ufogen both are noised to max(t - k, 0), and D is told that level). From
+scratch the generator is diffusers' UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no
+FIR resampling. The second stage of the adaptation regresses onto the velocity of the rescaled schedule, for
+the printed one would leave noise in a perfect student.
 
 Differences from the authors' fine-tuning script. The script averages D's logits over the batch before the
 softplus, and the reconstruction error over the whole batch before weighting, so it has E[w] E[error] where
@@ -237,8 +237,8 @@ def reconstruction_weight(snr_t):
 def consistency_weight(snr_t, snr_r):
     """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1).
 
-    From scratch SNR(0) is infinite, and the weight at r = 0 is SNR(t). A pretrained schedule has a little
-    noise at level 0: its SNR(0) is finite.
+    From scratch SNR(0) is infinite, and the weight at r = 0 is SNR(t). A pretrained schedule's SNR(0) is
+    finite, though predict_x0 returns the clean x0 there.
     """
     return 1 / (1 / snr_t - 1 / snr_r)
 
@@ -473,7 +473,7 @@ class Models:
 
 
 def load_networks(config, run):
-    """(start, codec, discriminator, half, codec_d): start is the frozen Denoiser from which G starts.
+    """(start, codec, discriminator, half, codec_d): start is the Denoiser from which G starts.
 
     The others are as in Models. Raises UserError if the flags do not fit the pipelines.
     """
@@ -563,7 +563,7 @@ def distances_of(fake, p, config, distances):
 
     The gradient goes to fake alone, whose features are computed once even if both terms compare them.
     """
-    pairs = [(config.rec_distance, p.x0)] + [(config.con_distance, p.target)] * (config.lambda_con > 0)
+    pairs = [(config.rec_distance, p.x0)] + ([(config.con_distance, p.target)] if config.lambda_con else [])
     of_fake = {name: distances[name][0](fake, p.cond_d) for name in dict(pairs)}
     d = []
     for name, x in pairs:
@@ -589,23 +589,23 @@ def train_step(iteration, pictures, captions, config, run, models):
         x0 = torch.cat([codec.encode(pictures[rows]) for rows in run.micro_batches])
     parts = run.split(x0=x0, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps,
                       noise=noise, cond=cond, cond_d=cond_d)
-
-    # 2, 3. With one micro-batch, one forward of G(x_t, t) serves both updates. With several, its graph is
-    # not kept, for all of them would be held at once: loss_G runs it again.
+    # 2, 3. With one micro-batch, one forward of G(x_t, t) serves both updates. With several, keeping the
+    # graphs of all until loss_G would cost too much memory: loss_G runs G(x_t, t) again.
     keep_graph = len(parts) == 1
     for p in parts:
         with run.autocast(), torch.set_grad_enabled(keep_graph):
             p.fake = predict_x0(G, p, p.t)
         with run.autocast(), torch.no_grad():
             p.real = predict_x0(G, p, p.t_real) if config.adversary == "self" else p.x0
-            shared = k == m and config.adversary == "self"
-            p.target = p.real if shared or not config.lambda_con else predict_x0(G, p, p.t_con)
+            if config.lambda_con:
+                p.target = p.real if k == m and config.adversary == "self" else predict_x0(G, p, p.t_con)
     with_r1 = config.r1 > 0 and iteration % config.r1_every == 0
 
     def loss_D(p):  # 4. Both sides detached, one level told for both; R1 needs the gradient at `real`.
         real, fake, level = adversarial_pair(config.adversary, G.schedule, p, p.fake.detach())
-        real, twice = real.detach().requires_grad_(with_r1), map_cond(lambda v: torch.cat([v, v]), p.cond_d)
-        logits = D(torch.cat([real, fake]), torch.cat([level, level]), twice).float()
+        real = real.detach().requires_grad_(with_r1)
+        cond_twice = map_cond(lambda v: torch.cat([v, v]), p.cond_d)  # both sides in one call
+        logits = D(torch.cat([real, fake]), torch.cat([level, level]), cond_twice).float()
         real_logits, fake_logits = logits.chunk(2)
         L_D = discriminator_loss(real_logits, fake_logits)
         penalty = config.r1 / 2 * config.r1_every * r1_penalty(real_logits, real) if with_r1 else 0.0
@@ -620,7 +620,7 @@ def train_step(iteration, pictures, captions, config, run, models):
 
     with sdpa_kernel(SDPBackend.MATH) if with_r1 else nullcontext():  # R1 differentiates attention twice
         scalars = run.descend(models.optimizer_d, parts, loss_D)
-    with frozen(D):  # already updated; its graph carries the gradient to `fake`
+    with frozen(D):  # D is updated; its weights get no gradient now, its input does and hands it to `fake`
         scalars |= run.descend(models.optimizer_g, parts, loss_G, config.clip_norm)
     models.ema.update()  # 6.
     return scalars
@@ -705,6 +705,7 @@ def draw_pictures(sampler, captions, nfe, seed, first=0):
     for start in range(0, len(captions), chunk):
         y = captions[start:start + chunk]
         draw = Draws(seed, first + start, len(y), slice(None), "cpu")
+        # Two for x_T, of which the second is the prior's, and one for each later level.
         eps, eps_prime, *noise = (draw.randn(*codec.shape).to(codec.device) for _ in range(1 + nfe))
         x_T = sampler.prior.start(generator.schedule, eps, eps_prime) if sampler.prior else eps
         cond = map_cond(lambda v: v.to(codec.device), condition(codec, y, draw, sampler.latent_z))
