@@ -6,7 +6,7 @@ from functools import partialmethod
 import pytest
 import tiny
 import torch
-from helpers import CAPTIONS, drawings, perturb, ranks, state
+from helpers import CAPTIONS, drawings, metrics, perturb, ranks, state
 from safetensors.torch import load_file, save_file
 
 import diff_instruct_star
@@ -15,8 +15,9 @@ import swiftbrush_v2
 import yoso
 from common import Denoiser, Weights, load
 from plumbing.checkpoint import flat_state
-from plumbing.cli import parse_config
+from plumbing.cli import bound_flags, parse_config
 from plumbing.run import Run
+from plumbing.shapes import Shapes
 from plumbing.shard import part_here, shard, whole
 
 EVERY = ["--batch-size", 4, "--device", "cpu", "--log-every", 1, "--save-every", 2, "--sample-every", 3]
@@ -112,7 +113,7 @@ def step(name, folder, out, *more):
     networks = [value.net if isinstance(value, Denoiser) else value for value in vars(models).values()]
     bare = [p for net in networks if isinstance(net, torch.nn.Module) for key, p in net.named_parameters()
             if "lora_" not in key]
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     trained = [*tensors.values(), *flat_state(optimizers).values()]
     shares = dict(networks=share_of(bare), trained=share_of(trained))
     (out / f"share{run.rank}.json").write_text(json.dumps(shares))
@@ -121,16 +122,28 @@ def step(name, folder, out, *more):
         save_file(tensors, out / "tensors.safetensors")
 
 
+def steps(folder, out):
+    """One update of every method in a process of several, with all of each weight, then with half."""
+    for name in STEPS:
+        step(name, folder, out / name / "all")
+        step(name, folder, out / name / "half", "--shard")
+
+
+@pytest.fixture(scope="module")
+def updates(folder, tmp_path_factory):
+    """Where the updates of two processes lie."""
+    ranks(2, steps, folder, out := tmp_path_factory.mktemp("updates"))
+    return out
+
+
 @pytest.mark.parametrize("name", STEPS)
-def test_one_update_is_that_of_one_process(folder, tmp_path, name):
+def test_one_update_is_that_of_one_process(folder, updates, name):
     """On two processes with all of each weight, or half: the same clipped gradients, weights and averages.
 
     Half: of networks, gradients, moments and averages; LoRAs stay whole.
     """
-    step(name, folder, tmp_path / "one")
-    ranks(2, step, name, folder, tmp_path / "all")
-    ranks(2, step, name, folder, tmp_path / "half", "--shard")
-    one, *others = (load_file(tmp_path / out / "tensors.safetensors") for out in ("one", "all", "half"))
+    step(name, folder, updates / name / "one")
+    one, *others = (load_file(updates / name / out / "tensors.safetensors") for out in ("one", "all", "half"))
     is_gradient = lambda key: key.startswith("gradient.")
     scale = max(tensor.abs().max().item() for key, tensor in one.items() if is_gradient(key))
     for tensors in others:
@@ -139,7 +152,7 @@ def test_one_update_is_that_of_one_process(folder, tmp_path, name):
             torch.testing.assert_close(tensors[key], one[key], atol=1e-5 * scale, rtol=1e-3)
         same(*({key: found[key] for key in found if not is_gradient(key)} for found in (tensors, one)))
     for out, least, most in (("one", 1, 1), ("all", 1, 1), ("half", 0.45, 0.55)):
-        for path in (tmp_path / out).glob("share*.json"):
+        for path in (updates / name / out).glob("share*.json"):
             shares = json.loads(path.read_text())
             assert least <= shares["networks"] <= most
             if name in ("yoso", "diff-instruct"):
@@ -148,6 +161,35 @@ def test_one_update_is_that_of_one_process(folder, tmp_path, name):
 
 # Whole runs
 
+def train(folder, out, iterations, *more):
+    """YOSO's loop up to so many iterations, with its checkpoints, but without samples and exports."""
+    argv = command(yoso, folder, out, [*YOSO, "--iterations", iterations, *more])
+    config = parse_config(yoso.Config, yoso.PRESETS, argv, "")
+    run = Run(config, bound_flags(yoso.Config, but=("iterations",)))
+    models = yoso.build(config, run)
+    run.begin(dict(generator=models.generator.trainable(), discriminator=models.discriminator, ema=models.ema,
+                   optimizer_g=models.optimizer_g, optimizer_d=models.optimizer_d))
+    dataset = Shapes(models.codec.picture_size)
+    for iteration, (pictures, captions) in enumerate(run.batches(dataset), run.start):
+        run.finish_iteration(iteration, yoso.train_step(iteration, pictures, captions, config, run, models))
+    run.end()
+
+
+def test_a_run_moves_into_shards_and_back(folder, tmp_path):
+    """On one process, on two with all of each weight, on two with half, on one again: as one that stayed."""
+    train(folder, tmp_path / "moved", 1)
+    ranks(2, train, folder, tmp_path / "moved", 2)
+    ranks(2, train, folder, tmp_path / "moved", 3, "--shard")
+    train(folder, tmp_path / "moved", 4)
+    train(folder, tmp_path / "stayed", 4)
+    assert [row["iteration"] for row in metrics(tmp_path / "moved")] == [1, 2, 3, 4]
+    moved, stayed = state(tmp_path / "moved"), state(tmp_path / "stayed")
+    keys = lambda saved: {part: value.keys() for part, value in saved.items()}
+    assert keys(moved) == keys(stayed)
+    for part in ("generator", "discriminator", "ema"):
+        same(moved[part], stayed[part])
+
+
 RUNS = {
     "yoso": (yoso, [*YOSO, "--iterations", 2, *MEMORY]),
     "yoso-lora": (yoso, [*YOSO, "--iterations", 2, "--adapt", "--adapt-iterations", 2, "--rank", 4]),
@@ -155,11 +197,6 @@ RUNS = {
     "diff-instruct": (diff_instruct_star, [*DIFF_INSTRUCT, "--iterations", 2]),
     "diff-instruct-lora": (diff_instruct_star, [*DIFF_INSTRUCT, "--iterations", 2, *LORA]),
 }
-
-
-def flags_of(name, folder, out, *more):
-    script, flags = RUNS[name]
-    return command(script, folder, out, [*flags, *more])
 
 
 def note_share(run, end, out):
@@ -178,9 +215,9 @@ def sharded(name, out, argv):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_run_is_that_of_one_process(folder, tmp_path, name):
     """Checkpoints, pipelines, and which grids there are."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    ranks(2, sharded, name, tmp_path, flags_of(name, folder, two))
-    RUNS[name][0].main(flags_of(name, folder, one))
+    one, two, (script, flags) = tmp_path / "one", tmp_path / "two", RUNS[name]
+    ranks(2, sharded, name, tmp_path, command(script, folder, two, flags))
+    script.main(command(script, folder, one, flags))
     stages = [path.parent.relative_to(one) for path in one.rglob("checkpoint")]
     assert stages
     for stage in stages:
@@ -194,19 +231,3 @@ def test_a_sharded_run_is_that_of_one_process(folder, tmp_path, name):
     assert grids[0] == grids[1] and grids[0]
     if name in ("yoso", "diff-instruct"):
         assert all(json.loads((tmp_path / f"share{rank}.json").read_text()) < 0.55 for rank in (0, 1))
-
-
-def test_a_run_moves_into_shards_and_back(folder, tmp_path):
-    """On one process, on two with all of each weight, on two with half, on one again: as one that stayed."""
-    upto = lambda iterations, out: flags_of("yoso", folder, tmp_path / out, "--iterations", iterations)
-    yoso.main(upto(1, "moved"))
-    ranks(2, yoso.main, upto(2, "moved"))
-    ranks(2, sharded, "yoso", tmp_path, upto(3, "moved"))
-    yoso.main(upto(4, "moved"))
-    yoso.main(upto(4, "stayed"))
-    moved, stayed = state(tmp_path / "moved"), state(tmp_path / "stayed")
-    keys = lambda saved: {part: value.keys() for part, value in saved.items()}
-    assert keys(moved) == keys(stayed)
-    for part in ("generator", "discriminator", "ema"):
-        same(moved[part], stayed[part])
-    assert all(json.loads((tmp_path / f"share{rank}.json").read_text()) < 0.55 for rank in (0, 1))
