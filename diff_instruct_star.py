@@ -8,19 +8,16 @@ own is learned all along by a second network, the assistant. The gradient of suc
 derivative of the generator's score by its parameters, which nobody has; the paper's theorem gives a loss with
 the same gradient that needs no such derivative.
 
-One iteration; the same numbers stand in train_step:
-  1. assistant, K_TA times: x0 = g(z, c) detached, x_t = alpha_t x0 + sigma_t eps;
-     |eps_assistant(x_t) - eps|^2
-  2. f = g(z, c), x_t = alpha_t f + sigma_t eps with fresh noise;
-     eps_reference = eps_c + alpha_cfg (eps_c - eps_null)
-  3. divergence: -d'(eps_assistant - eps_reference)^T (eps_assistant - eps), with the gradient through x_t,
-     the input of both networks
-  4. reward: -alpha_rew r(decode(f), c)
-  5. both gradients at f, then back through the generator; EMA
+One iteration; the same numbers stand in train_step: 1. assistant, K_TA times: x0 = g(z, c) detached, t of all
+timesteps, x_t = alpha_t x0 + sigma_t eps; |eps_assistant(x_t) - eps|^2 2. f = g(z, c), t in 20..979, x_t =
+alpha_t f + sigma_t eps with fresh noise; eps_reference = eps_c + alpha_cfg (eps_c - eps_null) 3. divergence:
+-d'(eps_assistant - eps_reference)^T (eps_assistant - eps), with the gradient through x_t, the input of both
+networks 4. reward: -alpha_rew r(decode(f), c) 5. both gradients at f, then back through the generator; EMA In
+the first --assistant-warmup iterations only step 1 is taken; in the next --warmup the reward is only logged.
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, c)) / alpha_T.
 
 Symbols, paper -> code: g_theta -> student; s_q -> reference, the frozen teacher; s_psi -> assistant;
-alpha_rew, alpha_cfg as they are (alpha_cfg is w - 1 of diffusers' guidance_scale w); K_TA -> assistant_steps;
+alpha_rew, alpha_cfg as they are (alpha_cfg is diffusers' guidance_scale - 1); K_TA -> assistant_steps;
 d -> distance; c of pseudo-Huber -> huber_c.
 
 Differences from the paper as printed. Its Eq. 3.5 and 3.6 push away from the prompt: the sign of the guidance
@@ -116,8 +113,8 @@ class Config(RunFlags):
     assistant_steps: int = flag(1, "K_TA, updates of the assistant an iteration; Diff-Instruct and SiD: 1, "
                                 "DMD2 for SDXL: 5", least=1)
     assistant_warmup: int = flag(0, "iterations at the start in which only the assistant learns", least=0)
-    warmup: int = flag(1000, "then iterations without reward, where the student starts from "
-                       "the teacher's weights", least=0)
+    warmup: int = flag(1000, "after that, iterations without reward; 0 if the student starts from a one-step "
+                       "model, of --student or of SwiftBrush v2's run", least=0)
     lora_targets: tuple = flag(LORA_TARGETS, "layers of a LoRA assistant, by the ends of their names")
     rank: int = flag(64, "of a LoRA assistant; SwiftBrush v2's", least=1)
     alpha: int = flag(128, "of a LoRA assistant; SwiftBrush v2's", least=1)
@@ -173,11 +170,12 @@ def score_loss(assistant, reference, target, distance="huber", c=1.0, detach_nor
 
     It is the mean over B of -d'(assistant - reference)^T (assistant - target), all [B, ...]: the two scores
     at x_t and -eps / sigma_t; or two noise predictions and eps, which amounts to the weight w(t) = sigma_t
-    (sigma_t^2 for l2). All three depend on x_t, with the gradient through the networks' input: for any field
-    u, E[u(x_t)^T s_student(x_t)] = E[u(x_t)^T (-eps / sigma_t)]; differentiating both sides by the student's
-    parameters replaces the unknown derivative of s_student by terms that can be computed. Detaching the
-    assistant in either place gives another gradient. The minus is right as printed: descent lowers
-    d(assistant - reference).
+    (sigma_t^2 for l2). The two predictions depend on x_t and get their gradient through the networks' input;
+    target, the noise that was drawn, is a constant. For any field u, E[u(x_t)^T s_student(x_t)] = E[u(x_t)^T
+    (-eps / sigma_t)]; differentiating both sides by the student's parameters replaces the unknown derivative
+    of s_student by terms that can be computed. Nothing is detached: without the gradient through u, or
+    through (assistant - target), the gradient is no longer the divergence's. The minus is right as printed:
+    descent lowers d(assistant - reference).
     """
     u = distance_gradient(assistant - reference, distance, c, detach_normaliser)
     return -(u * (assistant - target)).flatten(1).sum(1).mean()
@@ -225,7 +223,8 @@ class Frozen:
 
 @dataclass
 class Models:
-    """The cast of an iteration. All run their current weights; the average only samples."""
+    """The cast of an iteration. Updates run the current weights; the average draws samples and is exported.
+    """
     reference: Denoiser  # frozen: the bare weights of --model
     assistant: Denoiser  # s_psi: a copy of the reference, or an adapter on it; trained by optimizer_assistant
     student: Denoiser    # g: all weights, trained by optimizer, averaged by ema
@@ -330,7 +329,10 @@ def rewards_of(f, prompts, decode, scorers):
 
 
 def gradient_at(leaf, loss):
-    """d loss / d leaf, and the mean over the batch of its norm for one sample; frees the loss's graph."""
+    """d loss / d leaf, and the mean norm of one sample's gradient (len(leaf) undoes the losses' 1 / B).
+
+    The loss's graph is freed.
+    """
     with torch.autocast(leaf.device.type, enabled=False):
         gradient, = torch.autograd.grad(loss, leaf)
     return gradient, len(leaf) * gradient.flatten(1).norm(dim=1).mean()

@@ -7,16 +7,14 @@ moved: down the KL divergence from the student to the teacher (variational score
 trains two such students, A (all weights, VSD alone) and B (a LoRA, VSD and a clamped CLIP loss), and averages
 their weights: the merged student is better than both, and than the teacher's many steps.
 
-One iteration of a student; the same numbers stand in train_step:
-  1. z ~ N(0, I), prompt y; f = f_theta(z, y) at the last timestep T, with its graph
-  2. t in 20..980, x_t = alpha_t f + sigma_t eps; g = sigma_t^2 (eps_teacher - eps_lora_teacher), both guided,
-     no gradient
-  3. student: gradient g through f; B adds weight(i) mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), whose
-     weight falls to 0
-  4. LoRA teacher: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f, fresh t' and eps'
-  5. EMA of the student
-Then theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights.
-Sampling: one network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
+One iteration of a student; the same numbers stand in train_step: 1. z ~ N(0, I), prompt y; f = f_theta(z, y)
+at the last timestep T, with its graph 2. t in 20..980, x_t = alpha_t f + sigma_t eps; g = sigma_t^2
+(eps_teacher - eps_lora_teacher), both guided, no gradient 3. student: gradient g / numel(f) at f, then
+through f; B adds weight(i) mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), whose weight falls to 0 4. LoRA
+teacher: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f from before the student's update, fresh
+eps', fresh t' of all timesteps, a tenth of the captions emptied 5. EMA of the student Then theta_merged =
+lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights. Sampling: one network call, f =
+(z - sigma_T eps_theta(z, T, y)) / alpha_T.
 
 Symbols, paper -> code: f_theta -> student; epsilon_phi -> teacher; epsilon_psi -> lora_teacher, the same
 frozen network with an adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda.
@@ -112,7 +110,7 @@ class Config(RunFlags):
     tau: float = flag(0.35, "threshold of the clamped CLIP loss, a cosine; 1 never clamps (naive); "
                       "paper: 0.35", above=-1, most=1)
     clip_weight: float = flag(0.1, "weight of the CLIP loss at the start; 0: none; paper: 0.1", least=0)
-    clip_decay: bool = flag(True, "let the weight fall linearly to 0 at the end; paper: yes")
+    clip_decay: bool = flag(True, "let the weights of CLIP loss and reward fall linearly to 0; paper: yes")
     clip: str = flag("clip", "CLIPModel of that loss: clip (ViT-B/32, the paper's), or a directory or hub id")
     decoder: str = flag("tiny", "AutoencoderTiny that decodes for these losses; "
                         "tiny: TAESD (paper) or SDXL's; empty: the model's own decoder")
@@ -170,8 +168,8 @@ def vsd_gradient(eps_teacher, eps_lora_teacher, sigma_t):
 
     The gradient of KL(student's noised pictures || teacher's) at f is alpha_t (s_lora - s_teacher), and a
     score is -eps / sigma_t: alpha_t / sigma_t (eps_teacher - eps_lora). The factor alpha_t / sigma_t goes
-    into the weight. Descent moves f along -g: where the teacher sees less noise in x_t than the LoRA teacher,
-    towards the teacher.
+    into the weight. Descent moves f along -g, which is along s_teacher - s_lora: towards what the teacher
+    finds likelier than the student's own distribution does.
     """
     return sigma_t**2 * (eps_teacher - eps_lora_teacher)
 
@@ -198,7 +196,9 @@ def clamped_loss(cosine, tau):
 
 
 def scheduled_weight(start, iteration, iterations, decay=True):
-    """The CLIP loss's weight: start at iteration 0, falling linearly to 0 at the end."""
+    """The weight of B's losses on pictures: start at iteration 0, falling linearly to 0; constant without
+    decay.
+    """
     return start * (1 - iteration / iterations) if decay else start
 
 
@@ -223,7 +223,7 @@ class Frozen:
 
 @dataclass
 class Models:
-    """The cast of a step. All run their current weights; the average only samples."""
+    """The cast of a step. Updates run the current weights; the average draws samples and is exported."""
     frozen: Frozen
     teacher: Denoiser       # frozen: the bare weights
     lora_teacher: Denoiser  # the same net with the adapter "lora_teacher" on, which optimizer_lora trains
@@ -307,7 +307,7 @@ def emptied(cond, null, where):
 def image_losses(f, prompts, iteration, config, models):
     """Student B's losses on decoded pictures, Eq. 5 and supplement 8.1: {name: weighted loss}; none for A.
 
-    Gradient flows to f through the frozen decoder and the frozen image encoder.
+    Gradient flows to f through the decoder and the image encoder, which were frozen when they were loaded.
     """
     if not models.scorers:
         return {}
@@ -352,26 +352,26 @@ def train_step(iteration, prompts, config, run, models):
     parts = run.split(
         y=prompts, cond=cond, null=null, z=draw.randn(*codec.shape),
         t=draw.randint(config.t_min, config.t_max + 1), eps=draw.randn(*codec.shape),
-        w=guidance_of(config, draw),
+        guidance=guidance_of(config, draw),
         # For the LoRA teacher, which learns at all timesteps and also the empty condition.
         t_lora=fresh.randint(0, len(schedule)), eps_lora=fresh.randn(*codec.shape),
         cond_lora=emptied(cond, null, fresh.rand() < config.null_share), **pairs)
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)  # 1.
-        p.f = f.detach()
+        p.f = f.detach()  # for step 4
         with torch.no_grad():  # 2. No gradient through x_t, nor to either teacher.
             x_t = schedule.add_noise(f, p.eps, p.t)
-            w_lora_teacher = p.w if config.guide_lora_teacher else 1.0
-            eps_teacher = teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, p.w)
-            eps_lora_teacher = lora_teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, w_lora_teacher)
+            guidance_lora = p.guidance if config.guide_lora_teacher else 1.0
+            eps_teacher = teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, p.guidance)
+            eps_lora_teacher = lora_teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, guidance_lora)
             g = vsd_gradient(eps_teacher, eps_lora_teacher, schedule.sigma[p.t].view(-1, 1, 1, 1))
         losses = dict(L_vsd=vsd_loss(f, g)) | image_losses(f, p.y, iteration, config, models)  # 3.
         if pairs:
             losses["L_pairs"] = pair_loss(p, config, student, models.frozen)
         return sum(losses.values()), losses
 
-    def loss_lora_teacher(p):  # 4. On the pictures from before the student's update, detached.
+    def loss_lora_teacher(p):  # 4. On the pictures that loss_student left, from before the student's update.
         x_t = schedule.add_noise(p.f, p.eps_lora, p.t_lora)
         loss = lora_teacher_loss(lora_teacher.predict(x_t, p.t_lora, "epsilon", p.cond_lora), p.eps_lora)
         return loss, dict(L_lora_teacher=loss)

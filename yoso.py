@@ -460,7 +460,7 @@ class LatentDiscriminator(nn.Module):
 
 @dataclass
 class Models:
-    """The cast of a step. G and D run their current weights; the average only samples."""
+    """The cast of a step. Updates run the current weights; the average draws samples and is exported."""
     generator: Denoiser       # G: all weights or the LoRA "student"; trained by optimizer_g, averaged by ema
     discriminator: nn.Module  # D(x, t, cond) -> logits: trained by optimizer_d, frozen while G is updated
     codec: Codec              # frozen: pictures <-> x0 (from scratch the same), captions -> G's condition
