@@ -8,12 +8,16 @@ own is learned all along by a second network, the assistant. The gradient of suc
 derivative of the generator's score by its parameters, which nobody has; the paper's theorem gives a loss with
 the same gradient that needs no such derivative.
 
-One iteration; the same numbers stand in train_step: 1. assistant, K_TA times: x0 = g(z, c) detached, t of all
-timesteps, x_t = alpha_t x0 + sigma_t eps; |eps_assistant(x_t) - eps|^2 2. f = g(z, c), t in 20..979, x_t =
-alpha_t f + sigma_t eps with fresh noise; eps_reference = eps_c + alpha_cfg (eps_c - eps_null) 3. divergence:
--d'(eps_assistant - eps_reference)^T (eps_assistant - eps), with the gradient through x_t, the input of both
-networks 4. reward: -alpha_rew r(decode(f), c) 5. both gradients at f, then back through the generator; EMA In
-the first --assistant-warmup iterations only step 1 is taken; in the next --warmup the reward is only logged.
+One iteration; the same numbers stand in train_step:
+  1. assistant, K_TA times: x0 = g(z, c) detached, t of all timesteps, x_t = alpha_t x0 + sigma_t eps;
+     |eps_assistant(x_t) - eps|^2
+  2. f = g(z, c), t in 20..979, x_t = alpha_t f + sigma_t eps with fresh noise;
+     eps_reference = eps_c + alpha_cfg (eps_c - eps_null)
+  3. divergence: -d'(eps_assistant - eps_reference)^T (eps_assistant - eps), with the gradient through x_t,
+     the input of both networks
+  4. reward: -alpha_rew r(decode(f), c)
+  5. both gradients at f, then back through the generator; EMA
+In the first --assistant-warmup iterations only step 1 is taken; in the next --warmup the reward is only logged.
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, c)) / alpha_T.
 
 Symbols, paper -> code: g_theta -> student; s_q -> reference, the frozen teacher; s_psi -> assistant;

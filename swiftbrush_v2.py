@@ -7,14 +7,17 @@ moved: down the KL divergence from the student to the teacher (variational score
 trains two such students, A (all weights, VSD alone) and B (a LoRA, VSD and a clamped CLIP loss), and averages
 their weights: the merged student is better than both, and than the teacher's many steps.
 
-One iteration of a student; the same numbers stand in train_step: 1. z ~ N(0, I), prompt y; f = f_theta(z, y)
-at the last timestep T, with its graph 2. t in 20..980, x_t = alpha_t f + sigma_t eps; g = sigma_t^2
-(eps_teacher - eps_lora_teacher), both guided, no gradient 3. student: gradient g / numel(f) at f, then
-through f; B adds weight(i) mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), whose weight falls to 0 4. LoRA
-teacher: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f from before the student's update, fresh
-eps', fresh t' of all timesteps, a tenth of the captions emptied 5. EMA of the student Then theta_merged =
-lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights. Sampling: one network call, f =
-(z - sigma_T eps_theta(z, T, y)) / alpha_T.
+One iteration of a student; the same numbers stand in train_step:
+  1. z ~ N(0, I), prompt y; f = f_theta(z, y) at the last timestep T, with its graph
+  2. t in 20..980, x_t = alpha_t f + sigma_t eps; g = sigma_t^2 (eps_teacher - eps_lora_teacher), both guided
+     (the second not with --no-guide-lora-teacher), no gradient
+  3. student: gradient g / numel(f) at f, then through f; B adds
+     weight(i) mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), whose weight falls to 0
+  4. LoRA teacher: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f from before the student's
+     update, fresh eps', fresh t' of all timesteps, a tenth of the captions emptied
+  5. EMA of the student
+Then theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights.
+Sampling: one network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
 
 Symbols, paper -> code: f_theta -> student; epsilon_phi -> teacher; epsilon_psi -> lora_teacher, the same
 frozen network with an adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda.

@@ -6,16 +6,18 @@ problem, so YOSO matches level t to a less noisy level: the "real" pictures are 
 there, which are a little better than the fake ones. Level 1 learns from the data, level 2 from level 1, and
 so on up to pure noise: the generator cooperates with itself.
 
-Algorithm 1 with Eq. 6; the same numbers stand in train_step: 1. draw data x0, noise eps, level t in 1..T; all
-levels of a sample share x0, eps and the condition 2. fake = G(x_t, t); its graph is kept for step 5 where one
-micro-batch holds the whole batch 3. real = sg[G(x_r, r)] at r = max(t - k, 0), target = sg[G(x_c, c)] at c =
-max(t - m, 0); at level 0 the data x0 stands in place of G's prediction 4. discriminator: L_D =
-softplus(-D(real, t)) + softplus(D(sg[fake], t)), in some iterations plus R1 (--r1); its gradient is not
-clipped 5. generator: L_G = lambda_t d(fake, x0) + lambda_t^con d(fake, target) + softplus(-D(fake, t)),
-through the updated D, which is frozen; the L2 norm of G's whole gradient is clipped to --clip-norm 6. EMA of
-the generator, which only draws samples: fake, real and target come from the current weights Sampling: x_T ~
-N(0, I) (or the informative prior, below), x0 = G(x_T, T). With 2 calls: fresh noise on x0 at level T - (T +
-1) // 2, then G again. No guidance, neither here nor in training.
+Algorithm 1 with Eq. 6; the same numbers stand in train_step:
+  1. draw data x0, noise eps, level t in 1..T; all levels of a sample share x0, eps and the condition
+  2. fake = G(x_t, t); its graph is kept for step 5 where one micro-batch holds the whole batch
+  3. real = sg[G(x_r, r)] at r = max(t - k, 0), target = sg[G(x_c, c)] at c = max(t - m, 0); at level 0 the
+     data x0 stands in place of G's prediction
+  4. discriminator: L_D = softplus(-D(real, t)) + softplus(D(sg[fake], t)), in some iterations plus R1 (--r1);
+     its gradient is not clipped
+  5. generator: L_G = lambda_t d(fake, x0) + lambda_t^con d(fake, target) + softplus(-D(fake, t)), through the
+     updated D, which is frozen; the L2 norm of G's whole gradient is clipped to --clip-norm
+  6. EMA of the generator, which only draws samples: fake, real and target come from the current weights
+Sampling: x_T ~ N(0, I) (or the informative prior, below), x0 = G(x_T, T). With 2 calls: fresh noise on x0 at
+level T - (T + 1) // 2, then G again. No guidance, neither here nor in training.
 
 From scratch (Eq. 4) there are T = 4 levels and k = m = 1, G also gets a latent z (--latent-z), and D is a
 network of its own. With --model the same step fine-tunes a text-to-image model in its latent space: T = 999,
