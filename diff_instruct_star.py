@@ -17,7 +17,7 @@ One iteration; the same numbers stand in train_step:
      the input of both networks
   4. reward: -alpha_rew r(decode(f), c)
   5. both gradients at f, then back through the generator; EMA
-In the first --assistant-warmup iterations only step 1 is taken; in the next --warmup the reward is only logged.
+In the first --assistant-warmup iterations only step 1 is taken, in the next --warmup the reward only logged.
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, c)) / alpha_T.
 
 Symbols, paper -> code: g_theta -> student; s_q -> reference, the frozen teacher; s_psi -> assistant;
