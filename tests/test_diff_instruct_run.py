@@ -194,9 +194,10 @@ def test_where_the_student_starts(folder, finished, tmp_path, monkeypatch, capsy
     assert (found.student, found.warmup, found.iterations) == (di.SWIFTBRUSH, 0, 2 + 5)
     assert resolved(model="other").student == "" and resolved(student="given").student == "given"
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text(json.dumps(dict(student="")))
-    assert (resolved().student, resolved().warmup) == ("", 7)
-    assert resolved(out="new", resume="out").student == ""
+    for student, warmup in (("", 7), ("another", 0)):
+        (tmp_path / "out" / "config.json").write_text(json.dumps(dict(student=student)))
+        for found in (resolved(), resolved(out="new", resume="out")):
+            assert (found.student, found.warmup) == (student, warmup)
     di.main(flags(folder, tmp_path / "run", "--student", finished / "pipeline", "--iterations", 1))
     assert f"starts from {finished / 'pipeline'}\n" in capsys.readouterr().out
     assert ["grad_reward" in row for row in metrics(tmp_path / "run")] == [False, True], "no warm-up but one"
