@@ -1,4 +1,4 @@
-"""The datasets, their order, and the reader of shapes."""
+"""The datasets, their order, folders of drawn pictures, and the reader of shapes."""
 
 import io
 import json
@@ -7,13 +7,14 @@ import tarfile
 
 import pytest
 import torch
+import torchvision
 from evaluate import read_shapes, shapes_report
 from PIL import Image
 
-import plumbing.shapes
+import plumbing.data
 from common import UserError
-from plumbing.data import load_dataset, sample_order
-from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes
+from plumbing.data import generate_folder, load_dataset, sample_order, save_grid
+from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes, coverage
 
 ATTRIBUTES = ("colour", "background", "shape", "scale")
 
@@ -31,6 +32,18 @@ def test_shapes_are_a_function_of_seed_and_index():
     assert a[6]["image"].dtype == torch.uint8 and a[6]["image"].shape == (3, 16, 16)
 
 
+def test_rolled_shapes_have_other_colours_for_the_same_words():
+    """Red is drawn green, and so on around the list; places and captions are the same."""
+    plain, rolled = Shapes(16, seed=3), Shapes(16, seed=3, rolled=True)
+    attributes = plain.attributes(range(40))
+    assert plain.captions(attributes) == rolled.captions(attributes)
+    seen = {name: (attributes[name] + 1) % number for name, number in (("colour", 4), ("background", 3))}
+    assert torch.equal(rolled.draw(attributes), plain.draw(attributes | seen))
+    other = rolled.attributes(range(40, 80), like=attributes)
+    assert rolled.captions(other) == rolled.captions(attributes)
+    assert not torch.equal(other["x"], attributes["x"])
+
+
 def test_shapes_cover_every_combination_evenly():
     attributes = Shapes(16).attributes(range(7200))
     mode = sum(attributes[k] * 10**i for i, k in enumerate(ATTRIBUTES))
@@ -42,9 +55,10 @@ def test_shapes_cover_every_combination_evenly():
 def test_a_drawing_has_the_area_and_place_its_rule_says():
     size, radius = 64, SIZES["large"][1]
     for shape in range(len(SHAPES)):
-        mask = plumbing.shapes.coverage(torch.tensor([shape]), torch.tensor([radius]), torch.tensor([0.47]), torch.tensor([0.52]), size)[0]
+        mask, = coverage(torch.tensor([shape]), *torch.tensor([[radius], [0.47], [0.52]]), size)
         assert mask.sum().item() / size**2 == pytest.approx(torch.pi * radius**2, rel=0.02)
-        assert (mask.sum(0) * torch.arange(size)).sum() / mask.sum() == pytest.approx(0.47 * size - 0.5, abs=0.1)
+        centre = (mask.sum(0) * torch.arange(size)).sum() / mask.sum()
+        assert centre == pytest.approx(0.47 * size - 0.5, abs=0.1)
         rows = (mask.sum(1) > 0.5).nonzero().flatten()
         assert (rows[0] + rows[-1]) / 2 == pytest.approx(0.52 * size - 0.5, abs=1), "the box is centred"
 
@@ -52,7 +66,7 @@ def test_a_drawing_has_the_area_and_place_its_rule_says():
 @pytest.mark.parametrize("size", [16, 32])
 def test_real_drawings_are_read_back_exactly(size):
     dataset = Shapes(size, seed=11)
-    attributes = dataset.attributes(range(1000 if size == 16 else 100))
+    attributes = dataset.attributes(range(400 if size == 16 else 40))
     read = read_shapes(dataset.draw(attributes))
     for name in ATTRIBUTES:
         assert torch.equal(read[name], attributes[name]), name
@@ -63,10 +77,11 @@ def test_real_drawings_are_read_back_exactly(size):
 
 def test_damaged_drawings_are_not_clean():
     dataset = Shapes(16, seed=12)
-    attributes = dataset.attributes(range(300))
+    attributes = dataset.attributes(range(150))
     images = dataset.draw(attributes)
     background = torch.tensor(list(BACKGROUNDS.values()))[attributes["background"]][:, :, None, None] * 255
-    other = dataset.draw({**attributes, "x": 1 - attributes["x"], "y": 1 - attributes["y"], "colour": (attributes["colour"] + 1) % 4})
+    opposite = dict(x=1 - attributes["x"], y=1 - attributes["y"], colour=(attributes["colour"] + 1) % 4)
+    other = dataset.draw(attributes | opposite)
     covered = (images.float() - background).abs().sum(1, keepdim=True) > 2
     apart = (torch.hypot(attributes["x"] - 0.5, attributes["y"] - 0.5) > 0.2) & (attributes["scale"] == 0)
 
@@ -78,7 +93,8 @@ def test_damaged_drawings_are_not_clean():
     half = images.float().clone()
     for i, y in enumerate(attributes["y"]):
         half[i, :, int(y * 16):] = background[i]
-    not_triangle = attributes["shape"] != SHAPES.index("triangle")  # the upper half of a large triangle is a small triangle
+    # The upper half of a large triangle is a small triangle.
+    not_triangle = attributes["shape"] != SHAPES.index("triangle")
     assert clean(half[not_triangle]) < 0.02, "the lower half is missing"
     grayish = background + (images.float() - background) * 0.5
     assert clean(grayish) < 0.05, "half the contrast"
@@ -93,11 +109,12 @@ def test_report_counts_modes_and_attributes():
     assert report["right"] == 1 and report["modes"] == report["modes_total"] == 36
     one = {k: v[:1].expand(50) for k, v in attributes.items()}
     collapsed = shapes_report(dataset.draw(one), attributes | {k: v[:50] for k, v in attributes.items()})
-    assert collapsed["clean"] == 1 and collapsed["modes"] == 1 and collapsed["mode_imbalance"] == pytest.approx(35 / 36)
+    assert collapsed["clean"] == 1 and collapsed["modes"] == 1
+    assert collapsed["mode_imbalance"] == pytest.approx(35 / 36)
     assert collapsed["right"] < 0.3
 
 
-class Finite:
+class Ten(list):
     endless = False
 
     def __len__(self):
@@ -105,11 +122,11 @@ class Finite:
 
 
 def test_order_is_a_permutation_a_epoch_and_independent_of_slicing():
-    order = sample_order(Finite(), 1, range(30))
+    order = sample_order(Ten(), 1, range(30))
     assert all(sorted(order[i:i + 10]) == list(range(10)) for i in (0, 10, 20))
     assert order[:10] != order[10:20], "another order in every epoch"
-    assert order[7:13] == sample_order(Finite(), 1, range(7, 13)), "any slice, also across epochs"
-    assert order != sample_order(Finite(), 2, range(30))
+    assert order[7:13] == sample_order(Ten(), 1, range(7, 13)), "any slice, also across epochs"
+    assert order != sample_order(Ten(), 2, range(30))
     assert sample_order(Shapes(16), 1, range(5, 8)) == [5, 6, 7]
 
 
@@ -126,8 +143,8 @@ def test_folder_by_class(tmp_path):
 def test_folder_with_metadata(tmp_path):
     picture(tmp_path / "a" / "1.png")
     picture(tmp_path / "2.png")
-    (tmp_path / "metadata.jsonl").write_text("\n".join(
-        json.dumps(dict(file_name=n, text=t)) for n, t in (("2.png", "a second"), ("a/1.png", "a first"))))
+    lines = [dict(file_name="2.png", text="a second"), dict(file_name="a/1.png", text="a first")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     dataset = load_dataset(str(tmp_path), 8)
     assert [dataset[i]["caption"] for i in range(len(dataset))] == ["a second", "a first"]
 
@@ -175,8 +192,6 @@ def test_folders_that_cannot_work(tmp_path):
 
 
 def test_cifar10_without_network(tmp_path, monkeypatch):
-    import torchvision
-
     def no_network(*args, **kwargs):
         raise OSError("Name or service not known")
     monkeypatch.setattr(torchvision.datasets.utils, "download_url", no_network)
@@ -186,7 +201,7 @@ def test_cifar10_without_network(tmp_path, monkeypatch):
         load_dataset("cifar10", 32)
 
 
-def shards(folder, kind):
+def write_shards(folder, kind):
     """Eight drawings with captions in two files, the fourth picture broken, or missing in parquet."""
     datasets = pytest.importorskip("datasets")
     dataset, rows = Shapes(16), []
@@ -206,20 +221,26 @@ def shards(folder, kind):
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
         else:
-            table = datasets.Dataset.from_dict(dict(image=[p and dict(bytes=p, path=None) for _, p, _ in part], caption=[c for *_, c in part]))
-            table.cast_column("image", datasets.Image(decode=False)).cast_column("image", datasets.Image()).to_parquet(folder / f"{n}.parquet")
+            pictures = [picture and dict(bytes=picture, path=None) for _, picture, _ in part]
+            captions = [caption for *_, caption in part]
+            table = datasets.Dataset.from_dict(dict(image=pictures, caption=captions))
+            for feature in (datasets.Image(decode=False), datasets.Image()):
+                table = table.cast_column("image", feature)
+            table.to_parquet(folder / f"{n}.parquet")
     return dataset
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_shards_are_read_like_a_folder(tmp_path, kind, monkeypatch):
-    """Pictures and captions in the files' order, the broken one skipped by name; without the library one plain line."""
-    drawn = shards(tmp_path / "data", kind)
+    """In the files' order, the broken picture skipped by name; without the library there is a plain line."""
+    drawn = write_shards(tmp_path / "data", kind)
     dataset = load_dataset(str(tmp_path / "data"), 16)
-    assert len(dataset) == 8 and not dataset.endless and dataset.all_captions() == sorted({drawn[i]["caption"] for i in range(8)})
+    assert len(dataset) == 8 and not dataset.endless
+    assert dataset.all_captions() == sorted({drawn[i]["caption"] for i in range(8)})
     for i in range(8):
-        assert torch.equal(dataset[i]["image"], drawn[i if i != 3 else 4]["image"]) and dataset[i]["caption"] == drawn[i if i != 3 else 4]["caption"]
-        assert len(dataset[i]["skipped"]) == (i == 3)
+        sample, expected = dataset[i], drawn[i if i != 3 else 4]
+        assert torch.equal(sample["image"], expected["image"]) and sample["caption"] == expected["caption"]
+        assert len(sample["skipped"]) == (i == 3)
     for file in (tmp_path / "data").iterdir():
         file.write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be read|no pictures"):
@@ -227,3 +248,48 @@ def test_shards_are_read_like_a_folder(tmp_path, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         load_dataset(str(tmp_path / "data"), 16)
+
+
+def test_a_folder_of_drawn_pictures_is_completed(tmp_path, capsys):
+    """Only missing pictures are drawn, in the same chunks; a folder of other ones, or of more, is refused."""
+    folder, drawn = tmp_path / "data", []
+
+    def draw(prompts, first):
+        drawn.append((first, len(prompts)))
+        return torch.linspace(-1, 1, 7)[first:first + len(prompts)].view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+    artist = lambda: (["a", "b"], draw, 3)
+    generate = lambda number, **made_by: generate_folder(folder, number, made_by, artist)
+    assert generate(7, seed=1) == str(folder) and drawn == [(0, 3), (3, 3), (6, 1)]
+    dataset = load_dataset(str(folder), 4)
+    assert [dataset[i]["caption"] for i in range(7)] == list("abababa")
+    assert [dataset[i]["image"][0, 0, 0].item() for i in (0, 3, 6)] == [0, 128, 255]
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / "00000004.txt").unlink()  # a picture without its caption may be half written
+    drawn.clear()
+    generate(7, seed=1)
+    assert drawn == [(3, 3)] and before == {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="made with other flags"):
+        generate(7, seed=2)
+    with pytest.raises(UserError, match="--generate 5: .* holds 2 pictures more"):
+        generate(5, seed=1)
+
+    def missing():
+        raise UserError("--generator absent: there is no such directory")
+    with pytest.raises(UserError, match="absent"):
+        generate_folder(tmp_path / "new", 7, {}, missing)
+    assert not (tmp_path / "new").exists()
+    generate_folder(folder, 7, dict(seed=1), missing)  # not called, for all are there
+
+
+def test_a_grid_has_the_first_rank_only_and_names_its_flag(tmp_path, monkeypatch):
+    pictures = torch.linspace(-2, 2, 9).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    save_grid(pictures, tmp_path / "new" / "grid.png")
+    grid = Image.open(tmp_path / "new" / "grid.png")
+    assert grid.size == (8 * 66 + 2, 2 * 66 + 2), "small pictures are enlarged, to 64 pixels"
+    assert grid.getpixel((10, 10)) == (0, 0, 0) and grid.getpixel((10, 76)) == (255, 255, 255), "clamped"
+    with pytest.raises(UserError, match="^--grid .*new: cannot be written"):
+        save_grid(pictures, tmp_path / "new", flag="--grid")
+    monkeypatch.setenv("RANK", "1")
+    save_grid(pictures, tmp_path / "second.png")
+    assert not (tmp_path / "second.png").exists()
