@@ -1,12 +1,12 @@
 """The memory table of the published architectures."""
 
-import benchmark
 import forecast
 import ladder
 import pytest
 import torch
 
 import common
+import yoso
 
 
 @pytest.mark.parametrize("name, parameters, text_parameters", [
@@ -34,7 +34,7 @@ def test_a_rung(small, tmp_path):
     before = forecast.held_bytes(torch.device("cpu"))
     (step, states, flop), (more, same, four_times), (less, *_) = (
         ladder.memory_of("SD 1.5, YOSO, LoRA", samples, less, tmp_path) for samples, less in ((2, False), (8, False), (8, True)))
-    assert forecast.held_bytes(torch.device("cpu")) - before < 2**24 and benchmark.load is common.load
+    assert forecast.held_bytes(torch.device("cpu")) - before < 2**24 and yoso.load is common.load
     assert states == pytest.approx(same, rel=0.02) and states < step < more and less < more and flop * 4 == pytest.approx(four_times, rel=1e-6)
 
 

@@ -16,7 +16,6 @@ kernels need comes on top.
 
 import argparse
 import copy
-import inspect
 import json
 import os
 import statistics
@@ -32,16 +31,15 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from forecast import LiveBytes, cost_of_step, matmul_rate
+from forecast import TensorCounter, cost_of_step, matmul_rate, networks_of, optimizers_of
 
 import diff_instruct_star
 import swiftbrush_v2
 import yoso
-from common import Denoiser, UserError, enable_checkpointing, frozen, map_cond, one_step, use_lora
+from common import UserError, enable_checkpointing, frozen, map_cond, one_step, use_lora
 from plumbing.cli import parse_config, run_command
 from plumbing.data import prompts_of
 from plumbing.run import Run
@@ -74,22 +72,6 @@ def cast_of(script, config, folder):
         pictures = torch.rand(n, 3, codec.picture_size, codec.picture_size, device=run.device) * 2 - 1
         return run, models, (pictures, [""] * n)
     return run, models, ((prompts_of(config, codec) * n)[:n],)
-
-
-def networks_of(models):
-    """name -> module of a cast's networks, LPIPS's VGG among them; one that plays two parts has two names."""
-    parts = vars(models).items()
-    networks = {name: part.net if isinstance(part, Denoiser) else part
-                for name, part in parts if isinstance(part, Denoiser | torch.nn.Module)}
-    if lpips := getattr(models, "distances", {}).get("lpips"):
-        features = inspect.getclosurevars(lpips[0]).nonlocals["features"]
-        networks["lpips"] = inspect.getclosurevars(features).nonlocals["network"].net
-    return networks
-
-
-def optimizers_of(models):
-    """The optimisers of a cast."""
-    return [part for part in vars(models).values() if isinstance(part, torch.optim.Optimizer)]
 
 
 def step_of(script, config, run, models, batch):
@@ -315,26 +297,13 @@ def time_parts(parts, repeats, device):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside the with block and still live; see LiveBytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.memory = LiveBytes()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.memory.count, out)
-        return out
-
-
 def peak_of_steps(script, config, folder, make_step=step_of):
     """Bytes of tensors that building the networks and two steps hold at their peak; make_step: as step_of."""
-    with torch.compiler.set_stance("force_eager"), TensorMemory() as mode:
+    with torch.compiler.set_stance("force_eager"), TensorCounter() as counter:
         step = make_step(script, config, *cast_of(script, config, folder))
         for _ in range(2):
             step()
-    return mode.memory.peak
+    return counter.memory.peak
 
 
 def rate_of(script, config, folder, repeats, apart):

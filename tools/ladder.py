@@ -4,24 +4,23 @@
     python tools/ladder.py --processes 8            each of 8 GPUs that share the states by --shard
     python tools/ladder.py --arms "SDXL, Diff-Instruct*" --samples 1 2 4
 
-The networks of the published configurations exist without numbers, on torch's meta device, and the methods' own steps run on them
-(forecast.cost_of_step). Networks in bf16, weights, moments and averages in float32, as --precision bf16 has it. What the allocator,
-the kernels and CUDA itself need comes on top.
+The networks of the published configurations exist without numbers, as torch's fake tensors, and the methods'
+own steps run on them (tools/forecast.py). Networks in bf16, weights, moments and averages in float32, as
+--precision bf16 has it. What the allocator, the kernels and CUDA itself need comes on top.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import benchmark
 import forecast
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -32,8 +31,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -44,11 +42,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-import common
 import plumbing.shard
-from common import Codec, Denoiser, Draws, NoiseSchedule, Scorer, UserError
+from common import Codec, Denoiser, NoiseSchedule, Scorer, UserError
 from plumbing.cli import parse_config, run_command
-from plumbing.run import Run
 
 CROSS, PLAIN, UP = "CrossAttnDownBlock2D", "DownBlock2D", ("UpBlock2D", "CrossAttnUpBlock2D")
 SD15 = dict(sample_size=64, down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP[0], *[UP[1]] * 3), layers_per_block=2,
@@ -82,9 +78,9 @@ PICTURE_CLIPS = {
                                          patch_size=14), projection_dim=1024),
 }
 ARMS = {
-    "SD 1.5, YOSO, all weights": ("yoso_t2i", ["--model", "sd15"]),
-    "SD 1.5, YOSO, LoRA": ("yoso_t2i", ["--model", "sd15", "--rank", "64"]),
-    "PixArt 512, YOSO, all weights": ("yoso_t2i", ["--model", "pixart", "--discriminator", "sd15"]),
+    "SD 1.5, YOSO, all weights": ("yoso", ["--model", "sd15"]),
+    "SD 1.5, YOSO, LoRA": ("yoso", ["--model", "sd15", "--rank", "64"]),
+    "PixArt 512, YOSO, all weights": ("yoso", ["--model", "pixart", "--discriminator", "sd15"]),
     "SD 2.1, SwiftBrush v2, student A": ("swiftbrush_v2", ["--model", "sd21", "--stage", "a"]),
     "SD 2.1, SwiftBrush v2, student B": ("swiftbrush_v2", ["--model", "sd21", "--stage", "b"]),
     "SDXL, Diff-Instruct*": ("diff_instruct_star", ["--model", "sdxl"]),
@@ -98,19 +94,19 @@ class EmptyCodec(Codec):
     def __init__(self, pipeline_class, net, vae, text_encoders):
         self.name, self.vae, self.text_encoders, self.classes = pipeline_class.__name__, vae, text_encoders, None
         self.shape = (4, net.config.sample_size, net.config.sample_size)
-        self.picture_size, self.device, self.has_null, self.guided = 8 * self.shape[-1], torch.device("meta"), True, True
+        self.picture_size, self.device, self.has_null, self.guided = 8 * self.shape[-1], torch.device("cpu"), True, True
         self.width = net.config.get("caption_channels") or net.config.cross_attention_dim
 
     def cond(self, prompts):
         """The condition's shapes."""
         B = len(prompts)
         tokens = 120 if self.name == "PixArtAlphaPipeline" else 77
-        condition = dict(encoder_hidden_states=torch.empty(B, tokens, self.width, device="meta"))
+        condition = dict(encoder_hidden_states=torch.empty(B, tokens, self.width))
         if self.name == "StableDiffusionXLPipeline":
-            pooled, sizes = torch.empty(B, 1280, device="meta"), torch.empty(B, 6, device="meta")
+            pooled, sizes = torch.empty(B, 1280), torch.empty(B, 6)
             condition["added_cond_kwargs"] = dict(text_embeds=pooled, time_ids=sizes)
         if self.name == "PixArtAlphaPipeline":
-            condition |= dict(encoder_attention_mask=torch.empty(B, tokens, device="meta"),
+            condition |= dict(encoder_attention_mask=torch.empty(B, tokens),
                               added_cond_kwargs=dict(resolution=None, aspect_ratio=None))
         return condition
 
@@ -122,7 +118,7 @@ class EmptyCodec(Codec):
         """Nothing: there is no tokenizer."""
 
 
-def empty_pipeline(name, device):
+def empty_pipeline(name, device, lora=""):
     """What common.load gives for a published architecture, without numbers."""
     pipeline_class, network_class, config, encoders = BACKBONES[name]
     net = network_class(**config).eval().requires_grad_(False)
@@ -135,8 +131,8 @@ def empty_pipeline(name, device):
 def empty_scorer(name, device):
     """What common.load_scorer gives for a published CLIPModel, without numbers."""
     model = CLIPModel(CLIPConfig(**PICTURE_CLIPS[name])).eval().requires_grad_(False)
-    texts = lambda prompts: torch.empty(len(prompts), model.config.projection_dim, device="meta")
-    return Scorer(lambda x: model.get_image_features(pixel_values=x).pooler_output, texts, 224, (0.5,) * 3, (0.5,) * 3, "meta")
+    texts = lambda prompts: torch.empty(len(prompts), model.config.projection_dim)
+    return Scorer(lambda x: model.get_image_features(pixel_values=x).pooler_output, texts, 224, (0.5,) * 3, (0.5,) * 3, "cpu")
 
 
 def empty_decoder(name, codec):
@@ -145,42 +141,54 @@ def empty_decoder(name, codec):
     return lambda x0: tiny.decode(x0).sample
 
 
-def empty_run(config, **more):
-    """A Run whose networks are on the meta device."""
-    run = Run(config, **more)
-    run.device = torch.device("meta")
-    run.draws = lambda iteration: Draws(config.seed, iteration, config.batch_size, run.rows, torch.device("cpu"))
-    run.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
-    return run
+def move(module, device=None, **kwargs):
+    """Module.to for networks without numbers: they are where they should be, or go away, to "meta"."""
+    if device == "meta":
+        for part in module.modules():
+            for name, p in part.named_parameters(recurse=False):
+                setattr(part, name, torch.nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=False))
+    return module
+
+
+def copied(tensor, memo):
+    """Tensor.__deepcopy__ for fake tensors, which torch's own would copy with the mode that they belong to."""
+    new = torch.empty_like(tensor)
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, tensor.requires_grad)
+    return memo.setdefault(id(tensor), new)
+
+
+def raised(function):
+    """The function in float32 under autocast, as on CUDA; on the CPU it would be in bf16."""
+    def call(x, *args, **kwargs):
+        return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+    return call
 
 
 @contextmanager
-def empty_networks():
-    """Inside the with block the benchmark builds networks without numbers."""
-    stand_ins = {(benchmark, "load"): empty_pipeline, (benchmark, "load_scorer"): empty_scorer, (benchmark, "load_decoder"): empty_decoder,
-                 (benchmark, "Run"): empty_run, (common, "init_device_mesh"): lambda device, shape: init_device_mesh("cpu", shape)}
+def empty_networks(script):
+    """Inside the with block the script builds networks without numbers, and autocast is CUDA's."""
+    make_mesh = plumbing.shard.init_device_mesh
+
+    def init_device_mesh(*arguments):
+        """A mesh of real numbers: torch asks for them."""
+        with _disable_current_modes():
+            return make_mesh(*arguments)
+
+    stand_ins = {(script, "load"): empty_pipeline, (script, "load_scorer"): empty_scorer,
+                 (script, "load_decoder"): empty_decoder, (script, "load_teacher"): lambda name, _, device: empty_pipeline(name, device),
+                 (torch.nn.Module, "to"): move, (torch.Tensor, "__deepcopy__"): copied, (plumbing.shard, "init_device_mesh"): init_device_mesh,
+                 **{(F, name): raised(getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}}
+    stand_ins = {place: stand_in for place, stand_in in stand_ins.items() if hasattr(*place)}
     kept = {place: getattr(*place) for place in stand_ins}
     try:
         for place, stand_in in stand_ins.items():
             setattr(*place, stand_in)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that copies between meta tensors do nothing
+        with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         for place, function in kept.items():
             setattr(*place, function)
-
-
-@contextmanager
-def processes_that_share(number):
-    """Inside the with block this is the first of so many processes, the others of which do not exist (as in torch's own tests)."""
-    if number > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
-    try:
-        yield
-    finally:
-        if number > 1:
-            dist.destroy_process_group()
 
 
 def memory_of(arm, samples, checkpointing, folder, processes=1):
@@ -189,24 +197,17 @@ def memory_of(arm, samples, checkpointing, folder, processes=1):
     processes: of which each keeps its part of the states and has so many samples (--shard).
     """
     method, flags = ARMS[arm]
-    _, kind, presets, parts_of = benchmark.METHODS[method]
-    more = ["--gradient-checkpointing"] * checkpointing + ["--shard"] * (processes > 1)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompts:
-        prompts.write("a picture\n")
-        prompts.flush()
-        if method != "yoso_t2i":
-            flags = [*flags, "--prompts", prompts.name]
-        preset = {"yoso_t2i": "full", "swiftbrush_v2": "sd21", "diff_instruct_star": "sdxl"}[method]
-        config = parse_config(kind, presets, [*flags, *more, "--preset", preset, "--batch-size", str(samples), "--precision", "bf16",
-                                              "--device", "cpu"], "")
-        with processes_that_share(processes), empty_networks():
-            parts, networks, run = parts_of(config, folder)
-        run.device = torch.device("cpu")  # whose autocast the rules follow
-        optimizers = list(run.parts.values())
-        with torch.device("meta"):
-            cost = forecast.cost_of_step(run, networks, optimizers, parts["step"], {0: 1.0}, torch.device("meta"))
+    script = forecast.SCRIPTS[f"{method}.py"]
+    preset = dict(yoso="full", swiftbrush_v2="sd21", diff_instruct_star="sdxl")[method]
+    more = ["--gradient-checkpointing"] * checkpointing + ["--shard"] * (processes > 1) + ["--dataset", "shapes"]
+    config = parse_config(script.Config, script.PRESETS, [
+        *flags, *more, "--preset", preset, "--batch-size", str(samples), "--precision", "bf16", "--device", "cpu", "--out", str(folder)], "")
+    (_, config), = forecast.trainings_of(script, config)
+    with forecast.processes_that_share(processes), empty_networks(script):
+        run, networks, optimizers, step, iterations = forecast.step_of(script, config)
         trained = sum(plumbing.shard.part_here(p).nbytes for o in optimizers for group in o.param_groups for p in group["params"])
-        states = forecast.held_bytes(torch.device("meta")) + 3 * trained  # a gradient and two moments
+        states = forecast.held_bytes(run.device) + 3 * trained  # a gradient and two moments
+        cost = forecast.cost_of_step(run, networks, optimizers, step, iterations)
     return cost["memory_GB"], states / 2**30, cost["TFLOP"]
 
 
@@ -222,7 +223,6 @@ def main(argv):
         raise UserError(f"--processes {args.processes}: must be at least 1")
     if unknown := set(args.arms) - set(ARMS):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
-    forecast.RAISED_ON.add("cpu")  # a GPU is meant
     rows = []
     print("| model, method | samples at once | GB of states | GB of a step | with --gradient-checkpointing | TFLOP a sample |\n"
           "|---|---|---|---|---|---|")
