@@ -216,8 +216,8 @@ def assistant_loss(prediction, eps):
 # The cast
 
 @dataclass
-class Frozen:
-    """Networks that are loaded before the training, and never trained."""
+class Loaded:
+    """Networks that are loaded before the training; all but start stay frozen."""
     reference: Denoiser  # s_q: --model, the bare weights
     start: Denoiser      # where the student starts, perhaps converted
     codec: Codec         # prompts -> condition, x0 -> pictures
@@ -241,7 +241,7 @@ class Models:
     ema: EMA
 
 
-def load_frozen(config, device):
+def load_networks(config, device):
     """Loads the networks of a run. Raises UserError if the flags do not fit the model."""
     reference, codec = load_teacher(config.model, config.dataset, device)
     if config.t_max >= len(reference.schedule):
@@ -262,15 +262,15 @@ def load_frozen(config, device):
                         f"{len(start.schedule) - 1}")
     if config.student_timestep:
         start = Denoiser(start.net, start.schedule.up_to(config.student_timestep), start.prediction_type)
-    return Frozen(reference, start, codec, decode, scorers)
+    return Loaded(reference, start, codec, decode, scorers)
 
 
 def build(config, run, loaded=None):
     """The cast of a run.
 
-    loaded: as load_frozen gives it, its start perhaps converted since; if None, it is loaded here.
+    loaded: as load_networks gives it, its start perhaps converted since; if None, it is loaded here.
     """
-    loaded = loaded or load_frozen(config, run.device)
+    loaded = loaded or load_networks(config, run.device)
     reference, start, codec = loaded.reference, loaded.start, loaded.codec
     bare = lambda: dense_copy(reference.net, reference.net.state_dict(), run.device).requires_grad_(True)
     net = bare() if start.net is reference.net else start.net.requires_grad_(True)
@@ -468,7 +468,7 @@ def train(config):
     start_processes(device)
     config = agreed(lambda: resolve_start(config))
     # Everything that can be missing is loaded before anything is trained.
-    loaded = load_frozen(config, device)
+    loaded = load_networks(config, device)
     codec, start, prompts = loaded.codec, loaded.start, prompts_of(config, loaded.codec)
     run = Run(config, bound_flags(Config, but={"iterations"}))
     if config.cache_latents:

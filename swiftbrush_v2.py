@@ -213,7 +213,7 @@ def merge(state_a, state_b, merge_lambda):
 # The cast
 
 @dataclass
-class Frozen:
+class Loaded:
     """Networks and data that are loaded once for all stages, and never trained."""
     teacher: Denoiser    # --model
     start: Denoiser      # where both students start: --student, or the teacher itself
@@ -227,7 +227,7 @@ class Frozen:
 @dataclass
 class Models:
     """The cast of a step. Updates run the current weights; the average draws samples and is exported."""
-    frozen: Frozen
+    loaded: Loaded
     teacher: Denoiser       # frozen: the bare weights
     lora_teacher: Denoiser  # the same net with the adapter "lora_teacher" on, which optimizer_lora trains
     student: Denoiser       # trained by optimizer; A: all weights of a copy; B: the start's adapter "student"
@@ -238,7 +238,7 @@ class Models:
     ema: EMA                # of the student's trained weights
 
 
-def load_frozen(config, device):
+def load_networks(config, device):
     """Loads the networks of all stages, before anything is trained; the pairs are made later.
 
     Raises UserError if the flags do not fit the model.
@@ -260,16 +260,16 @@ def load_frozen(config, device):
         start = starting_student(config.student, config.lora, config.model, teacher, codec)
         decode = load_decoder(config.decoder, codec) if scorers or config.regularise else codec.decode
         distance = load_distance(config.distance, device) if config.regularise else None
-    return Frozen(teacher, start, codec, decode, scorers, distance, None)
+    return Loaded(teacher, start, codec, decode, scorers, distance, None)
 
 
-def build(config, run, stage, frozen=None):
+def build(config, run, stage, loaded=None):
     """The cast of stage a or b.
 
-    frozen: as load_frozen gives it, perhaps converted and sharded since; if None, it is loaded here.
+    loaded: as load_networks gives it, perhaps converted and sharded since; if None, it is loaded here.
     """
-    frozen = frozen or load_frozen(config, run.device)
-    teacher, start = frozen.teacher, frozen.start
+    loaded = loaded or load_networks(config, run.device)
+    teacher, start = loaded.teacher, loaded.start
     if stage == "a":
         net = dense_copy(start.net, fold_lora(start.net, None), run.device).requires_grad_(True)
         shard(config, net)
@@ -286,8 +286,8 @@ def build(config, run, stage, frozen=None):
         torch.optim.AdamW(denoiser.trainable().values(), rate, weight_decay=decay, fused=True)
         for denoiser, rate, decay in ((student, lr, config.weight_decay),
                                       (lora_teacher, config.lr_lora_teacher, 0.0)))
-    return Models(frozen, teacher, lora_teacher, student, frozen.scorers if stage == "b" else {},
-                  frozen.codec.null(run.rows.stop - run.rows.start), optimizer, optimizer_lora,
+    return Models(loaded, teacher, lora_teacher, student, loaded.scorers if stage == "b" else {},
+                  loaded.codec.null(run.rows.stop - run.rows.start), optimizer, optimizer_lora,
                   EMA(student.trainable().items(), config.ema))
 
 
@@ -314,7 +314,7 @@ def image_losses(f, prompts, iteration, config, models):
     """
     if not models.scorers:
         return {}
-    pictures, losses = models.frozen.decode(f), {}
+    pictures, losses = models.loaded.decode(f), {}
     settings = dict(clip=(config.tau, config.clip_weight), reward=(config.reward_tau, config.reward_weight))
     for name, scorer in models.scorers.items():
         tau, start = settings[name]
@@ -323,35 +323,35 @@ def image_losses(f, prompts, iteration, config, models):
     return losses
 
 
-def pairs_of(iteration, config, run, frozen):
+def pairs_of(iteration, config, run, loaded):
     """The image regularisation's rows of this iteration, by name, if it is due; else an empty dict."""
-    if not frozen.pairs or iteration % config.regularise_every:
+    if not loaded.pairs or iteration % config.regularise_every:
         return {}
-    z, x0, prompts = frozen.pairs
+    z, x0, prompts = loaded.pairs
     chosen = run.draws(3 * iteration + 2).randint(0, len(prompts)).cpu()
     return dict(pair_z=z[chosen].to(run.device), pair_x0=x0[chosen].to(run.device),
-                pair_cond=frozen.codec.cond([prompts[k] for k in chosen]))
+                pair_cond=loaded.codec.cond([prompts[k] for k in chosen]))
 
 
-def pair_loss(p, config, student, frozen):
+def pair_loss(p, config, student, loaded):
     """The image regularisation, DMD's regression of the student's picture of a pair's z onto the pair's x0.
 
     Both are decoded before they are compared.
     """
-    features, distance = frozen.distance
+    features, distance = loaded.distance
     with torch.no_grad():
-        target = features(frozen.decode(p.pair_x0))
-    pictures = frozen.decode(one_step(student, p.pair_z, p.pair_cond))
+        target = features(loaded.decode(p.pair_x0))
+    pictures = loaded.decode(one_step(student, p.pair_z, p.pair_cond))
     return config.regularise_weight * distance(features(pictures), target).mean()
 
 
 def train_step(iteration, prompts, config, run, models):
     """One iteration of a student and its LoRA teacher on this rank's prompts [B]; returns scalars to log."""
     teacher, lora_teacher, student = models.teacher, models.lora_teacher, models.student
-    schedule, codec, null = teacher.schedule, models.frozen.codec, models.null
+    schedule, codec, null = teacher.schedule, models.loaded.codec, models.null
     cond = codec.cond(prompts)
     draw, fresh = run.draws(3 * iteration), run.draws(3 * iteration + 1)
-    pairs = pairs_of(iteration, config, run, models.frozen)
+    pairs = pairs_of(iteration, config, run, models.loaded)
     parts = run.split(
         y=prompts, cond=cond, null=null, z=draw.randn(*codec.shape),
         t=draw.randint(config.t_min, config.t_max + 1), eps=draw.randn(*codec.shape),
@@ -371,7 +371,7 @@ def train_step(iteration, prompts, config, run, models):
             g = vsd_gradient(eps_teacher, eps_lora_teacher, schedule.sigma[p.t].view(-1, 1, 1, 1))
         losses = dict(L_vsd=vsd_loss(f, g)) | image_losses(f, p.y, iteration, config, models)  # 3.
         if pairs:
-            losses["L_pairs"] = pair_loss(p, config, student, models.frozen)
+            losses["L_pairs"] = pair_loss(p, config, student, models.loaded)
         return sum(losses.values()), losses
 
     def loss_lora_teacher(p):  # 4. On the pictures that loss_student left, from before the student's update.
@@ -486,10 +486,10 @@ def stage_run(config, stage):
     return Run(replace(config, out=out, resume=resume, iterations=iterations), BOUND[stage])
 
 
-def train_student(stage, config, frozen, prompts):
+def train_student(stage, config, loaded, prompts):
     """Stage a (all weights) or b (a LoRA, image losses); exports the student to OUT/stage/pipeline."""
     run = stage_run(config, stage)
-    models = build(config, run, stage, frozen)
+    models = build(config, run, stage, loaded)
     run.begin(dict(student=models.student.trainable(), lora_teacher=models.lora_teacher.trainable(),
                    ema=models.ema, optimizer=models.optimizer, optimizer_lora=models.optimizer_lora))
     shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
@@ -497,15 +497,15 @@ def train_student(stage, config, frozen, prompts):
         losses = train_step(iteration, y, config, run, models)
         if (iteration + 1) % config.sample_every == 0 and run.shows:
             with models.ema.applied():
-                pictures = draw_samples(models.student, frozen.codec, shown, 0)
+                pictures = draw_samples(models.student, loaded.codec, shown, 0)
             save_grid(pictures, run.out / "samples" / f"{iteration + 1:07d}.png")
         if run.finish_iteration(iteration, losses):
             break
     run.end()
-    export_student(run, frozen.codec, models.student, models.ema)
-    remove_lora(frozen.teacher.net, "lora_teacher")
+    export_student(run, loaded.codec, models.student, models.ema)
+    remove_lora(loaded.teacher.net, "lora_teacher")
     if stage == "b":
-        remove_lora(frozen.start.net, "student")
+        remove_lora(loaded.start.net, "student")
 
 
 def train(config):
@@ -514,31 +514,31 @@ def train(config):
     device = choose_device(config.device)
     start_processes(device)
     # Everything that can be missing is loaded before anything is trained.
-    frozen = load_frozen(config, device)
-    codec, prompts = frozen.codec, prompts_of(config, frozen.codec)
+    loaded = load_networks(config, device)
+    codec, prompts = loaded.codec, prompts_of(config, loaded.codec)
     stages = ["a", "b", "merge"] if config.stage == "all" else [config.stage]
     if stages != ["merge"]:
-        if (config.prediction or frozen.start.prediction_type) != frozen.start.prediction_type:
+        if (config.prediction or loaded.start.prediction_type) != loaded.start.prediction_type:
             stages = ["start", *stages]
         for stage in stages:
             if stage != "merge":
                 stage_run(config, stage)
         if config.regularise:
-            frozen.pairs = prepare_pairs(config, frozen.teacher, codec, prompts)
+            loaded.pairs = prepare_pairs(config, loaded.teacher, codec, prompts)
     if config.cache_latents:
-        more = frozen.pairs[2] if frozen.pairs else []
+        more = loaded.pairs[2] if loaded.pairs else []
         cache_conditions(codec, prompts + more, f"{config.out}/cache", dict(model=config.model))
-    shard(config, frozen.teacher.net, frozen.start.net)
+    shard(config, loaded.teacher.net, loaded.start.net)
     for stage in stages:
         if stage == "start":
             run = stage_run(config, "start")
-            frozen.start = convert(run, codec, frozen.start, config.prediction, prompts)
+            loaded.start = convert(run, codec, loaded.start, config.prediction, prompts)
         elif stage != "merge":
-            train_student(stage, config, frozen, prompts)
+            train_student(stage, config, loaded, prompts)
         elif config.shard or int(os.environ.get("RANK", 0)) == 0:
             if config.shard and dist.is_initialized():
                 dist.barrier()  # until the first process has written the students
-            merge_students(config, frozen.teacher, codec, prompts, frozen.scorers.get("clip"))
+            merge_students(config, loaded.teacher, codec, prompts, loaded.scorers.get("clip"))
 
 
 def finished_student(config, stage, teacher):

@@ -247,7 +247,7 @@ def test_help_shows_the_values_of_the_preset_that_the_flags_choose(arguments, pr
     (["--reward", ""], "--alpha-rew 10.0: needs a --reward")])
 def test_values_out_of_range(folder, tmp_path, monkeypatch, capsys, more, message):
     """One line on stderr, exit code 2, before anything is loaded or written."""
-    monkeypatch.setattr(di, "load_frozen", None)
+    monkeypatch.setattr(di, "load_networks", None)
     assert message in fails(monkeypatch, capsys, di, *flags(folder, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 

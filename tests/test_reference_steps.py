@@ -172,7 +172,7 @@ def real_swiftbrush(stage, teacher, codec, start, scorers, pairs, **settings):
     """swiftbrush_v2.py, stage a or b: config, record."""
     config = sb.Config(**COMMON, iterations_b=3, **settings)
     scorers = {name: real_scorer(*scorer) for name, scorer in scorers.items()}
-    frozen = sb.Frozen(teacher, start, codec, codec.decode, scorers, common.load_distance("l2", "cpu"),
+    frozen = sb.Loaded(teacher, start, codec, codec.decode, scorers, common.load_distance("l2", "cpu"),
                        pairs if config.regularise else None)
     found, = record(lambda: sb.train_student(stage, config, frozen, CAPTIONS))
     return config, found
@@ -184,10 +184,10 @@ def real_diff_instruct(teacher, codec, start, scorers, **settings):
     if config.student_timestep:
         start = Denoiser(start.net, start.schedule.up_to(config.student_timestep), start.prediction_type)
     scorers = {name: real_scorer(*scorer) for name, scorer in scorers.items()}
-    loaded = di.Frozen(teacher, start, codec, codec.decode, scorers)
+    loaded = di.Loaded(teacher, start, codec, codec.decode, scorers)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(di, "remember_before", lambda *_: None)
-        patched.setattr(di, "load_frozen", lambda *_: loaded)
+        patched.setattr(di, "load_networks", lambda *_: loaded)
         patched.setattr(di, "prompts_of", lambda *_: CAPTIONS)
         patched.setattr(di, "resolve_start", lambda config: config)
         found, = record(lambda: di.train(config))

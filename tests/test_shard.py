@@ -82,7 +82,7 @@ def cast(name, folder, *more):
     config = parse_config(script.Config, script.PRESETS, argv, "")
     run = Run(config)
     if script is swiftbrush_v2:
-        frozen = script.load_frozen(config, run.device)
+        frozen = script.load_networks(config, run.device)
         shard(config, frozen.teacher.net, frozen.start.net)
         models = script.build(config, run, config.stage, frozen)
     else:

@@ -259,7 +259,7 @@ def test_help_shows_the_values_of_the_preset_that_the_flags_choose(arguments, pr
     (["--t-min", 981], "--t-min 981: must be between 0 and --t-max")])
 def test_values_out_of_range(folder, tmp_path, monkeypatch, capsys, more, message):
     """One line on stderr, exit code 2, before anything is loaded or written."""
-    monkeypatch.setattr(sb, "load_frozen", None)
+    monkeypatch.setattr(sb, "load_networks", None)
     assert message in fails(monkeypatch, capsys, sb, *flags(folder, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 

@@ -31,7 +31,7 @@ def cast(folder, stage, *more, rows=slice(0, 4), fresh=False):
     models = sb.build(config, run, stage)
     torch.manual_seed(1)
     if config.regularise:
-        models.frozen.pairs = *torch.randn(2, 5, *models.frozen.codec.shape), [*CAPTIONS, "a"]
+        models.loaded.pairs = *torch.randn(2, 5, *models.loaded.codec.shape), [*CAPTIONS, "a"]
     for denoiser in (models.student, models.lora_teacher):
         if denoiser.adapter and not fresh:
             perturb(denoiser.trainable())

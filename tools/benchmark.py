@@ -59,7 +59,7 @@ def cast_of(script, config, folder):
     run = Run(replace(config, out=str(folder)), micro_multiple=group)
     n = run.rows.stop - run.rows.start
     if script is swiftbrush_v2:
-        loaded = script.load_frozen(config, run.device)
+        loaded = script.load_networks(config, run.device)
         shard(config, loaded.teacher.net, loaded.start.net)
         models, codec = script.build(config, run, config.stage, loaded), loaded.codec
     else:
@@ -186,7 +186,7 @@ def yoso_parts(config, run, models, pictures, captions):
 
 def swiftbrush_parts(config, run, models, prompts):
     """name -> function of the passes of one iteration of stage a or b, and of SAMPLING."""
-    codec, null, student = models.frozen.codec, models.null, models.student
+    codec, null, student = models.loaded.codec, models.null, models.student
     teacher, lora_teacher = models.teacher, models.lora_teacher
     x, cond = torch.randn(len(prompts), *codec.shape, device=run.device), codec.cond(prompts)
     t = torch.full((len(x),), len(teacher.schedule) // 2, device=run.device)

@@ -279,7 +279,7 @@ def step_of(script, config):
         codecs = [models.codec, models.codec_d]
         every = config.r1_every if config.r1 else 1
     else:
-        loaded = script.load_frozen(config, run.device)
+        loaded = script.load_networks(config, run.device)
         start = loaded.start
         if (config.prediction or start.prediction_type) != start.prediction_type:
             net = dense_copy(start.net, fold_lora(start.net, None), run.device)
