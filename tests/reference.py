@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.functional import relu, softplus
 
-
 # What every method needs
 
 def col(values):

@@ -1,5 +1,7 @@
 """The memory table of the published architectures."""
 
+import json
+
 import forecast
 import ladder
 import pytest
@@ -8,15 +10,18 @@ import torch
 import common
 import yoso
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("name, parameters, text_parameters", [
-    ("sd15", 859_520_964, [123_060_480]), ("sd21", 865_910_724, [340_387_840]), ("sdxl", 2_567_463_684, [123_060_480, 694_659_840]),
-    ("pixart", 610_856_096, [4_762_310_656])])
+    ("sd15", 859_520_964, [123_060_480]), ("sd21", 865_910_724, [340_387_840]),
+    ("sdxl", 2_567_463_684, [123_060_480, 694_659_840]), ("pixart", 610_856_096, [4_762_310_656])])
 def test_the_architectures_have_the_published_sizes(name, parameters, text_parameters):
     with torch.device("meta"):
         denoiser, codec = ladder.empty_pipeline(name, "meta")
     count = lambda module: sum(p.numel() for p in module.parameters())
-    assert count(denoiser.net) == parameters and [count(text) for text in codec.text_encoders] == text_parameters
+    assert count(denoiser.net) == parameters
+    assert [count(text) for text in codec.text_encoders] == text_parameters
     assert count(codec.vae) == 83_653_863
 
 
@@ -26,24 +31,47 @@ def small(monkeypatch):
     config = ladder.SD15 | dict(sample_size=16, block_out_channels=(32, 64, 64, 64), layers_per_block=1)
     pipeline_class, network_class, _, text = ladder.BACKBONES["sd15"]
     monkeypatch.setitem(ladder.BACKBONES, "sd15", (pipeline_class, network_class, config, text))
-    monkeypatch.setattr(ladder, "VAE", ladder.VAE | dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1))
+    vae = ladder.VAE | dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    monkeypatch.setattr(ladder, "VAE", vae)
 
 
 def test_a_rung(small, tmp_path):
-    """States grow with what is trained, a step with its samples, checkpointing saves; nothing of it takes memory, or stays patched."""
-    before = forecast.held_bytes(torch.device("cpu"))
+    """States are those of the networks, a step grows with its samples, checkpointing saves.
+
+    Nothing of it takes memory, or stays patched.
+    """
+    before = forecast.held_bytes(CPU)
     (step, states, flop), (more, same, four_times), (less, *_) = (
-        ladder.memory_of("SD 1.5, YOSO, LoRA", samples, less, tmp_path) for samples, less in ((2, False), (8, False), (8, True)))
-    assert forecast.held_bytes(torch.device("cpu")) - before < 2**24 and yoso.load is common.load
-    assert states == pytest.approx(same, rel=0.02) and states < step < more and less < more and flop * 4 == pytest.approx(four_times, rel=1e-6)
+        ladder.memory_of("SD 1.5, YOSO, LoRA", samples, less, tmp_path)
+        for samples, less in ((2, False), (8, False), (8, True)))
+    assert forecast.held_bytes(CPU) - before < 2**24 and yoso.load is common.load
+    assert states == pytest.approx(same, rel=0.02) and states < step < more and less < more
+    assert flop * 4 == pytest.approx(four_times, rel=1e-6)
 
 
 def test_shared_states(small, tmp_path):
-    """Each of four processes has a fourth of the networks' states, and what is not shared: text encoder and VAE."""
+    """Each of four processes has a fourth of the networks' states, and the text encoder and the VAE whole."""
     (step, states, flop), (less, part, same) = (
         ladder.memory_of("SD 1.5, YOSO, all weights", 2, True, tmp_path, processes) for processes in (1, 4))
     with torch.device("meta"):
         codec = ladder.empty_pipeline("sd15", "meta")[1]
-    whole = sum(p.nbytes for module in (codec.vae, *codec.text_encoders) for p in module.parameters()) / 2**30
+    modules = (codec.vae, *codec.text_encoders)
+    whole = sum(p.nbytes for module in modules for p in module.parameters()) / 2**30
     assert part - whole == pytest.approx((states - whole) / 4, rel=0.1)  # not all sizes are divisible
     assert less < step and flop == same and not torch.distributed.is_initialized()
+
+
+def test_the_table(monkeypatch, tmp_path, capsys):
+    """A row for each arm and number of samples, with and without checkpointing; an unknown arm is named."""
+    sizes = {False: (20.0, 10.0, 8.0), True: (15.0, 10.0, 12.0)}
+    monkeypatch.setattr(ladder, "memory_of", lambda arm, samples, checkpointing, *_: sizes[checkpointing])
+    path = tmp_path / "rows.json"
+    ladder.main(["--arms", "SDXL, Diff-Instruct*", "--samples", "2", "4", "--json", str(path)])
+    out, rows = capsys.readouterr().out, json.loads(path.read_text())
+    assert [(row["samples"], row["step_GB"], row["checkpointing_GB"], row["TFLOP"]) for row in rows] == [
+        (2, 20, 15, 4), (4, 20, 15, 2)]
+    assert "| SDXL, Diff-Instruct* | 2 | 10 | 20 | 15 | 4.0 |\n" in out and out.count("\n") == 4
+    with pytest.raises(common.UserError, match="--arms SD 3: unknown"):
+        ladder.main(["--arms", "SD 3"])
+    with pytest.raises(common.UserError, match="--processes 0"):
+        ladder.main(["--processes", "0"])

@@ -11,13 +11,13 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import reference
+import tiny
 import torch
 
 import common
 import diff_instruct_star as di
-import reference
 import swiftbrush_v2 as sb
-import tiny
 import yoso
 from common import Codec, Denoiser, NoiseSchedule, Scorer
 from plumbing.run import Run

@@ -3,6 +3,7 @@
 Whole steps against an independent implementation: test_reference_steps.py.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -335,28 +336,34 @@ def test_a_step_of_the_adaptation(model):
     assert list(losses) == ["L_adapt"] and losses["L_adapt"] > 0
 
 
+class Exact(torch.nn.Module):
+    """A network that knows x0 and predicts its prediction type without an error."""
+
+    def __init__(self, x0, schedule, prediction_type):
+        super().__init__()
+        self.x0, self.schedule, self.prediction_type = x0, schedule, prediction_type
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_t, timestep, **cond):
+        exact = self.schedule.convert(self.x0, x_t, timestep, "sample", self.prediction_type)
+        return SimpleNamespace(sample=exact + self.zero)
+
+
 def test_a_student_that_knows_the_data_has_nothing_to_learn(model):
-    """Against an exact teacher the exact v on the rescaled schedule has no loss, at every t."""
-    step, given = prepare("full", model), {}
+    """Against an exact teacher its loss is 0; where the teacher's x0 is clamped, it is the share cut off."""
+    step = prepare("full", model)
     codec, schedule = step["models"].codec, step["models"].generator.schedule
-    x0 = codec.encode(step["pictures"]).detach()
-
-    class Exact(torch.nn.Module):
-        """Predicts `target` exactly, for it knows x0."""
-
-        def __init__(self, schedule, target):
-            super().__init__()
-            self.denoiser, self.target = SimpleNamespace(schedule=schedule), target
-            self.none = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self, x_t, timestep, **cond):
-            given[self.target] = timestep
-            exact = self.denoiser.schedule.convert(x0, x_t, timestep, "sample", self.target)
-            return SimpleNamespace(sample=exact + self.none)
-
-    nets = [Exact(schedule, "epsilon"), Exact(schedule.zero_terminal_snr(), "v_prediction")]
-    teacher, student = (Denoiser(net, net.denoiser.schedule, net.target) for net in nets)
-    optimizer = torch.optim.SGD(nets[1].parameters(), 0.0)
-    for iteration in range(5):
-        step |= dict(iteration=iteration, models=yoso.Adaptation(teacher, student, codec, optimizer))
-        assert yoso.adapt_step(**step)["L_adapt"] < 1e-6
+    rescaled, x0 = schedule.zero_terminal_snr(), codec.encode(step["pictures"]).detach()
+    teacher, student = (
+        Denoiser(Exact(x0, s, kind), s, kind) for s, kind in ((schedule, "epsilon"), (rescaled, "v_prediction")))
+    optimizer = torch.optim.SGD(student.net.parameters(), 0.0)
+    step["models"] = yoso.Adaptation(teacher, student, codec, optimizer)
+    for clamp in (4.0, 0.1):
+        step["config"] = replace(step["config"], adapt_clamp=clamp)
+        for iteration in range(3):
+            t = step["run"].draws(iteration).randint(0, 1000)
+            cut = rescaled.sigma[t].view(-1, 1, 1, 1) * (x0 - x0.clamp(-clamp, clamp))
+            step["iteration"] = iteration
+            found = yoso.adapt_step(**step)["L_adapt"].item()
+            assert found == pytest.approx(cut.square().mean().item(), rel=1e-3, abs=1e-6)
+            assert clamp == 4.0 or found > 1e-3

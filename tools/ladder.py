@@ -1,6 +1,6 @@
-"""What fits in a GPU: the memory of one training step of every method on SD 1.5, SD 2.1, PixArt-alpha and SDXL.
+"""What fits in a GPU: the memory of one step of every method on SD 1.5, SD 2.1, PixArt-alpha and SDXL.
 
-    python tools/ladder.py                          the table; about two minutes, a gigabyte, no GPU
+    python tools/ladder.py                          the table; some minutes, a gigabyte, no GPU
     python tools/ladder.py --processes 8            each of 8 GPUs that share the states by --shard
     python tools/ladder.py --arms "SDXL, Diff-Instruct*" --samples 1 2 4
 
@@ -16,11 +16,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import forecast
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -31,6 +28,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     CLIPConfig,
@@ -42,40 +40,59 @@ from transformers import (
     T5EncoderModel,
 )
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import forecast
+
 import plumbing.shard
 from common import Codec, Denoiser, NoiseSchedule, Scorer, UserError
 from plumbing.cli import parse_config, run_command
 
+# The published configurations
+
 CROSS, PLAIN, UP = "CrossAttnDownBlock2D", "DownBlock2D", ("UpBlock2D", "CrossAttnUpBlock2D")
-SD15 = dict(sample_size=64, down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP[0], *[UP[1]] * 3), layers_per_block=2,
-            block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
+SD15 = dict(
+    sample_size=64, down_block_types=(CROSS, CROSS, CROSS, PLAIN), up_block_types=(UP[0], *[UP[1]] * 3),
+    layers_per_block=2, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
+    attention_head_dim=8)
 SD21 = SD15 | dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
-SDXL = dict(sample_size=128, down_block_types=(PLAIN, CROSS, CROSS), up_block_types=(UP[1], UP[1], UP[0]), layers_per_block=2,
-            block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
-            transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816)
-PIXART = dict(num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, cross_attention_dim=1152,
-              attention_bias=True, sample_size=64, patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
-              norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=4096,
-              use_additional_conditions=False)
-VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512),
-           layers_per_block=2, latent_channels=4)
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+SDXL = dict(
+    sample_size=128, down_block_types=(PLAIN, CROSS, CROSS), up_block_types=(UP[1], UP[1], UP[0]),
+    layers_per_block=2, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+    attention_head_dim=(5, 10, 20), use_linear_projection=True, transformer_layers_per_block=(1, 2, 10),
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+PIXART = dict(
+    num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28,
+    cross_attention_dim=1152, attention_bias=True, sample_size=64, patch_size=2,
+    activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_single",
+    norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=4096, use_additional_conditions=False)
+VAE = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+              projection_dim=768)
 OPEN_CLIP = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
-BIG_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
+BIG_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+             projection_dim=1280)
 T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+TEXT = (CLIPTextModel, CLIPTextConfig)
 BACKBONES = {
-    "sd15": (StableDiffusionPipeline, UNet2DConditionModel, SD15, [(CLIPTextModel, CLIPTextConfig, CLIP_L)]),
-    "sd21": (StableDiffusionPipeline, UNet2DConditionModel, SD21, [(CLIPTextModel, CLIPTextConfig, OPEN_CLIP)]),
-    "sdxl": (StableDiffusionXLPipeline, UNet2DConditionModel, SDXL, [
-        (CLIPTextModel, CLIPTextConfig, CLIP_L), (CLIPTextModelWithProjection, CLIPTextConfig, BIG_G)]),
+    "sd15": (StableDiffusionPipeline, UNet2DConditionModel, SD15, [(*TEXT, CLIP_L)]),
+    "sd21": (StableDiffusionPipeline, UNet2DConditionModel, SD21, [(*TEXT, OPEN_CLIP)]),
+    "sdxl": (StableDiffusionXLPipeline, UNet2DConditionModel, SDXL,
+             [(*TEXT, CLIP_L), (CLIPTextModelWithProjection, CLIPTextConfig, BIG_G)]),
     "pixart": (PixArtAlphaPipeline, PixArtTransformer2DModel, PIXART, [(T5EncoderModel, T5Config, T5_XXL)]),
 }
 PICTURE_CLIPS = {
-    "clip": dict(text_config=dict(hidden_size=512, num_attention_heads=8), vision_config=dict(patch_size=32), projection_dim=512),
-    "pickscore": dict(text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
-                      vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
-                                         patch_size=14), projection_dim=1024),
+    "clip": dict(
+        text_config=dict(hidden_size=512, num_attention_heads=8), vision_config=dict(patch_size=32),
+        projection_dim=512),
+    "pickscore": dict(
+        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                         num_attention_heads=16),
+        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+                           num_attention_heads=16, patch_size=14),
+        projection_dim=1024),
 }
 ARMS = {
     "SD 1.5, YOSO, all weights": ("yoso", ["--model", "sd15"]),
@@ -84,17 +101,22 @@ ARMS = {
     "SD 2.1, SwiftBrush v2, student A": ("swiftbrush_v2", ["--model", "sd21", "--stage", "a"]),
     "SD 2.1, SwiftBrush v2, student B": ("swiftbrush_v2", ["--model", "sd21", "--stage", "b"]),
     "SDXL, Diff-Instruct*": ("diff_instruct_star", ["--model", "sdxl"]),
-    "SDXL, Diff-Instruct*, LoRA assistant": ("diff_instruct_star", ["--model", "sdxl", "--assistant", "lora"]),
+    "SDXL, Diff-Instruct*, LoRA assistant": (
+        "diff_instruct_star", ["--model", "sdxl", "--assistant", "lora"]),
 }
+PRESET = dict(yoso="full", swiftbrush_v2="sd21", diff_instruct_star="sdxl")
 
+
+# Networks without numbers
 
 class EmptyCodec(Codec):
     """A Codec whose networks hold no numbers; its condition has the right shapes."""
 
     def __init__(self, pipeline_class, net, vae, text_encoders):
-        self.name, self.vae, self.text_encoders, self.classes = pipeline_class.__name__, vae, text_encoders, None
+        self.name, self.vae, self.text_encoders = pipeline_class.__name__, vae, text_encoders
         self.shape = (4, net.config.sample_size, net.config.sample_size)
-        self.picture_size, self.device, self.has_null, self.guided = 8 * self.shape[-1], torch.device("cpu"), True, True
+        self.picture_size, self.device = 8 * self.shape[-1], torch.device("cpu")
+        self.classes, self.guided, self.has_null = None, True, True
         self.width = net.config.get("caption_channels") or net.config.cross_attention_dim
 
     def cond(self, prompts):
@@ -124,7 +146,7 @@ def empty_pipeline(name, device, lora=""):
     net = network_class(**config).eval().requires_grad_(False)
     vae = AutoencoderKL(**VAE, sample_size=8 * config["sample_size"]).eval().requires_grad_(False)
     text = [kind(settings(**values)).eval().requires_grad_(False) for kind, settings, values in encoders]
-    schedule = NoiseSchedule.from_config(DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
+    schedule = NoiseSchedule.from_config(DDPMScheduler(**BETAS).config)
     return Denoiser(net, schedule, "epsilon"), EmptyCodec(pipeline_class, net, vae, text)
 
 
@@ -132,7 +154,8 @@ def empty_scorer(name, device):
     """What common.load_scorer gives for a published CLIPModel, without numbers."""
     model = CLIPModel(CLIPConfig(**PICTURE_CLIPS[name])).eval().requires_grad_(False)
     texts = lambda prompts: torch.empty(len(prompts), model.config.projection_dim)
-    return Scorer(lambda x: model.get_image_features(pixel_values=x).pooler_output, texts, 224, (0.5,) * 3, (0.5,) * 3, "cpu")
+    images = lambda x: model.get_image_features(pixel_values=x).pooler_output
+    return Scorer(images, texts, 224, (0.5,) * 3, (0.5,) * 3, "cpu")
 
 
 def empty_decoder(name, codec):
@@ -146,12 +169,13 @@ def move(module, device=None, **kwargs):
     if device == "meta":
         for part in module.modules():
             for name, p in part.named_parameters(recurse=False):
-                setattr(part, name, torch.nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=False))
+                gone = torch.empty(p.shape, device="meta")
+                setattr(part, name, torch.nn.Parameter(gone, requires_grad=False))
     return module
 
 
 def copied(tensor, memo):
-    """Tensor.__deepcopy__ for fake tensors, which torch's own would copy with the mode that they belong to."""
+    """Tensor.__deepcopy__ for fake tensors; torch's own would copy the mode that they belong to as well."""
     new = torch.empty_like(tensor)
     if isinstance(tensor, torch.nn.Parameter):
         new = torch.nn.Parameter(new, tensor.requires_grad)
@@ -175,10 +199,13 @@ def empty_networks(script):
         with _disable_current_modes():
             return make_mesh(*arguments)
 
-    stand_ins = {(script, "load"): empty_pipeline, (script, "load_scorer"): empty_scorer,
-                 (script, "load_decoder"): empty_decoder, (script, "load_teacher"): lambda name, _, device: empty_pipeline(name, device),
-                 (torch.nn.Module, "to"): move, (torch.Tensor, "__deepcopy__"): copied, (plumbing.shard, "init_device_mesh"): init_device_mesh,
-                 **{(F, name): raised(getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}}
+    stand_ins = {
+        (script, "load"): empty_pipeline, (script, "load_scorer"): empty_scorer,
+        (script, "load_decoder"): empty_decoder,
+        (script, "load_teacher"): lambda name, _, device: empty_pipeline(name, device),
+        (torch.nn.Module, "to"): move, (torch.Tensor, "__deepcopy__"): copied,
+        (plumbing.shard, "init_device_mesh"): init_device_mesh,
+        **{(F, name): raised(getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}}
     stand_ins = {place: stand_in for place, stand_in in stand_ins.items() if hasattr(*place)}
     kept = {place: getattr(*place) for place in stand_ins}
     try:
@@ -191,22 +218,27 @@ def empty_networks(script):
             setattr(*place, function)
 
 
-def memory_of(arm, samples, checkpointing, folder, processes=1):
-    """(GB of one step of an arm on `samples` samples, GB of the states alone: weights, gradients, moments, averages; TFLOP).
+# The table
 
-    processes: of which each keeps its part of the states and has so many samples (--shard).
+def memory_of(arm, samples, checkpointing, folder, processes=1):
+    """(GB of one step of an arm on so many samples, GB of the states alone, TFLOP of the step).
+
+    The states are weights, gradients, moments and averages. processes: of which each keeps its part of the
+    states and has so many samples (--shard).
     """
     method, flags = ARMS[arm]
     script = forecast.SCRIPTS[f"{method}.py"]
-    preset = dict(yoso="full", swiftbrush_v2="sd21", diff_instruct_star="sdxl")[method]
-    more = ["--gradient-checkpointing"] * checkpointing + ["--shard"] * (processes > 1) + ["--dataset", "shapes"]
-    config = parse_config(script.Config, script.PRESETS, [
-        *flags, *more, "--preset", preset, "--batch-size", str(samples), "--precision", "bf16", "--device", "cpu", "--out", str(folder)], "")
+    flags = [*flags, "--preset", PRESET[method], "--dataset", "shapes", "--batch-size", str(samples),
+             "--precision", "bf16", "--device", "cpu", "--out", str(folder)]
+    flags += ["--gradient-checkpointing"] * checkpointing + ["--shard"] * (processes > 1)
+    config = parse_config(script.Config, script.PRESETS, flags, "")
     (_, config), = forecast.trainings_of(script, config)
     with forecast.processes_that_share(processes), empty_networks(script):
         run, networks, optimizers, step, iterations = forecast.step_of(script, config)
-        trained = sum(plumbing.shard.part_here(p).nbytes for o in optimizers for group in o.param_groups for p in group["params"])
-        states = forecast.held_bytes(run.device) + 3 * trained  # a gradient and two moments
+        trained = [plumbing.shard.part_here(p) for o in optimizers for group in o.param_groups
+                   for p in group["params"]]
+        # What is there, and for all that is trained a gradient and two moments.
+        states = forecast.held_bytes(run.device) + 3 * sum(p.nbytes for p in trained)
         cost = forecast.cost_of_step(run, networks, optimizers, step, iterations)
     return cost["memory_GB"], states / 2**30, cost["TFLOP"]
 
@@ -215,8 +247,10 @@ def main(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="default: all")
-    parser.add_argument("--samples", type=int, nargs="+", default=[1, 4], help="samples at once on one GPU, --micro-batch")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs that share the states by --shard; the figures are of each")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 4],
+                        help="samples at once on one GPU, --micro-batch")
+    parser.add_argument("--processes", type=int, default=1,
+                        help="GPUs that share the states by --shard; the figures are of each")
     parser.add_argument("--json", help="write the figures to this file too")
     args = parser.parse_args(argv)
     if args.processes < 1:
@@ -224,14 +258,20 @@ def main(argv):
     if unknown := set(args.arms) - set(ARMS):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
     rows = []
-    print("| model, method | samples at once | GB of states | GB of a step | with --gradient-checkpointing | TFLOP a sample |\n"
-          "|---|---|---|---|---|---|")
+    titles = ["model, method", "samples at once", "GB of states", "GB of a step",
+              "with --gradient-checkpointing", "TFLOP a sample"]
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     with tempfile.TemporaryDirectory() as folder:
         for arm in args.arms:
             for samples in args.samples:
-                (plain, states, flop), (less, *_) = (memory_of(arm, samples, c, f"{folder}/run", args.processes) for c in (False, True))
-                rows.append(dict(arm=arm, samples=samples, states_GB=states, step_GB=plain, checkpointing_GB=less, TFLOP=flop / samples))
-                print(f"| {arm} | {samples} | {states:.0f} | {plain:.0f} | {less:.0f} | {flop / samples:.1f} |", flush=True)
+                (step, states, flop), (less, *_) = (
+                    memory_of(arm, samples, checkpointing, folder, args.processes)
+                    for checkpointing in (False, True))
+                flop /= samples
+                rows.append(dict(arm=arm, samples=samples, states_GB=states, step_GB=step,
+                                 checkpointing_GB=less, TFLOP=flop))
+                cells = f"{arm} | {samples} | {states:.0f} | {step:.0f} | {less:.0f} | {flop:.1f}"
+                print(f"| {cells} |", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 
