@@ -358,7 +358,7 @@ def untouched(net, bare):
     dict(), dict(adversary="data", con_weight="snr"),
     dict(rec_distance="latent", con_distance="l2", clip_norm=10.0),
     dict(rank=3, clip_norm=0.9), dict(lambda_con=0.0, clip_norm=1.0), dict(real_offset=137),
-    dict(adversary="ufogen", lr_decay=0.9),
+    dict(adversary="ufogen", lr_decay=0.9), dict(r1=0.3, r1_every=2),
     dict(prediction="v_prediction", of_d=True, clip_norm=1.5),
     dict(zero_snr=True, rec_distance="latent")], ids=str)
 def test_yoso_fine_tune(settings):
@@ -409,7 +409,7 @@ def test_yoso_adapt(prediction, clip_norm):
         m.teacher = reference.Net(bare, prediction, alpha, sigma)
         m.student = reference.Net(loaded(bare, reals[0].start["student"]), "v_prediction", *tables)
         reference.yoso_adapt_optimizer(m, config)
-        compare(reals, lambda i, *batch: reference.yoso_adapt(i, *batch[:2], config, batch[2], m),
+        compare(reals, lambda i, *batch, m=m: reference.yoso_adapt(i, *batch[:2], config, batch[2], m),
                 dict(student=m.student.module), None, config.clip_norm if reals[0] is runs[0][0] else None)
 
 

@@ -354,8 +354,8 @@ def test_a_student_that_knows_the_data_has_nothing_to_learn(model):
     step = prepare("full", model)
     codec, schedule = step["models"].codec, step["models"].generator.schedule
     rescaled, x0 = schedule.zero_terminal_snr(), codec.encode(step["pictures"]).detach()
-    teacher, student = (
-        Denoiser(Exact(x0, s, kind), s, kind) for s, kind in ((schedule, "epsilon"), (rescaled, "v_prediction")))
+    kinds = (schedule, "epsilon"), (rescaled, "v_prediction")
+    teacher, student = (Denoiser(Exact(x0, s, kind), s, kind) for s, kind in kinds)
     optimizer = torch.optim.SGD(student.net.parameters(), 0.0)
     step["models"] = yoso.Adaptation(teacher, student, codec, optimizer)
     for clamp in (4.0, 0.1):
