@@ -174,6 +174,7 @@ def test_the_command(tmp_path):
     assert TFLOP == pytest.approx(with_r1 / 8 + without * 7 / 8, rel=5e-3)
 
 
+@SLOW
 def test_stages_do_not_add_up(model, tmp_path, capsys):
     """Each stage has its own iterations, and the memory that it takes alone."""
     flags = ["--preset", "shapes", "--model", str(model), "--batch-size", "4", "--device", "cpu"]
