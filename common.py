@@ -674,9 +674,12 @@ def check_targets(net, targets):
 
 def remove_lora(net, name):
     """Takes a LoRA away again, with its parameters."""
-    for layer in net.lora_layers:
-        layer.delete_adapter(name)
-        layer._disable_adapters = True
+    with warnings.catch_warnings():
+        # peft makes another adapter the active one; use_lora sets its own.
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+        for layer in net.lora_layers:
+            layer.delete_adapter(name)
+            layer._disable_adapters = True
     net.peft_config.pop(name)
 
 
