@@ -27,8 +27,10 @@ def test_the_architectures_have_the_published_sizes(name, parameters, text_param
 
 @pytest.fixture
 def small(monkeypatch):
-    """SD 1.5 with a narrow UNet and VAE."""
-    config = ladder.SD15 | dict(sample_size=16, block_out_channels=(32, 64, 64, 64), layers_per_block=1)
+    """SD 1.5 with a narrow UNet of two resolutions and a narrow VAE."""
+    config = ladder.SD15 | dict(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, up_block_types=ladder.UP,
+        down_block_types=(ladder.CROSS, ladder.PLAIN))
     pipeline_class, network_class, _, text = ladder.BACKBONES["sd15"]
     monkeypatch.setitem(ladder.BACKBONES, "sd15", (pipeline_class, network_class, config, text))
     vae = ladder.VAE | dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
