@@ -146,3 +146,14 @@ def test_each_network_is_called_as_often_as_needed(folder):
         net.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     step(config, run, models)
     assert calls == dict(student=1 + 2, assistant=1 + 2, reference=2)
+
+
+def test_the_probe_has_no_graph(folder):
+    """It is only logged; nor has the reward one where none is asked for."""
+    _, _, models = cast(folder)
+    f = torch.randn(4, *models.codec.shape, requires_grad=True)
+    rewards = di.rewards_of(f, CAPTIONS, models.decode, models.scorers)
+    assert {name: value.requires_grad for name, value in rewards.items()} == dict(reward=True, probe=False)
+    with torch.no_grad():
+        rewards = di.rewards_of(f, CAPTIONS, models.decode, models.scorers)
+    assert not any(value.requires_grad for value in rewards.values())

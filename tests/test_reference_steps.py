@@ -171,7 +171,7 @@ def real_adapt(teacher, codec, **settings):
 
 def real_swiftbrush(stage, teacher, codec, start, scorers, pairs, **settings):
     """swiftbrush_v2.py, stage a or b: config, record."""
-    config = sb.Config(**COMMON, iterations_b=3, **settings)
+    config = sb.Config(**COMMON, iterations_b=5, **settings)
     scorers = {name: real_scorer(*scorer) for name, scorer in scorers.items()}
     frozen = sb.Loaded(teacher, start, codec, codec.decode, scorers, common.load_distance("l2", "cpu"),
                        pairs if config.regularise else None)

@@ -140,6 +140,15 @@ def test_a_shared_half_has_the_weights_and_not_the_lora():
     assert not any(p.data_ptr() in addresses for p in own.parameters())
 
 
+def test_the_limit_of_the_gradients_norm_is_the_generators(model):
+    """D is not clipped."""
+    (_, plain), (_, found) = (gradients(prepare("full", model, "--clip-norm", c)) for c in ("inf", 1e-3))
+    norms = [torch.cat([g.flatten() for g in of_G.values()]).norm().item() for of_G, _ in (plain, found)]
+    assert norms[0] > 1e-2 and norms[1] == pytest.approx(1e-3, rel=1e-2)
+    assert all(torch.equal(g, plain[1][name]) for name, g in found[1].items())
+    assert torch.cat([g.flatten() for g in plain[1].values()]).norm() > 1e-2
+
+
 # What the networks are given
 
 OFFSETS = dict(scratch=(1, 1), full=(250, 25))
@@ -367,6 +376,19 @@ class Exact(torch.nn.Module):
     def forward(self, x_t, timestep, **cond):
         exact = self.schedule.convert(self.x0, x_t, timestep, "sample", self.prediction_type)
         return SimpleNamespace(sample=exact + self.zero)
+
+
+def test_the_adaptations_teacher_runs_in_float32(model):
+    """Under bf16 too, for at T an error of its eps is magnified in x0; its student runs in bf16."""
+    step, seen = prepare("full", model, "--precision", "bf16"), []
+    nets = [common.load(model)[0].net for _ in range(2)]
+    for net in nets:
+        net.conv_in.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    nets[1].requires_grad_(True)
+    teacher, student = (Denoiser(net, step["models"].generator.schedule, "v_prediction") for net in nets)
+    optimizer = torch.optim.SGD(nets[1].parameters(), 0.0)
+    yoso.adapt_step(**step | dict(models=yoso.Adaptation(teacher, student, step["models"].codec, optimizer)))
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_a_student_that_knows_the_data_has_nothing_to_learn(model):
