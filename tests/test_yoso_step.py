@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from helpers import CAPTIONS, TINY, drawings, perturb, random_vgg
+from helpers import CAPTIONS, TINY, drawings, equal, perturb, random_vgg
 
 import common
 import plumbing.cli
@@ -124,6 +124,34 @@ def test_a_step_moves_what_is_trained_and_its_average(kind, model):
     for name, value in after[3].items():
         expected = 0.75 * (0.75 * average[name] + 0.25 * net[name]) + 0.25 * after[0][name]
         torch.testing.assert_close(value, expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_discriminators_model(kind, model, tmp_path):
+    """D, features and their condition are of --discriminator; without it, features that stay are shared."""
+    torch.manual_seed(7)
+    tiny.sd().save_pretrained(tmp_path / "other")
+    other, codec = common.load(tmp_path / "other")
+    expected = HalfUNet(other.net).state_dict()
+    models = prepare(kind, model, "--discriminator", tmp_path / "other")["models"]
+    for half in (models.half, models.discriminator.features):
+        assert equal(dict(half.state_dict()), dict(expected))
+    assert equal(models.codec_d.cond(CAPTIONS), codec.cond(CAPTIONS))
+    assert not equal(models.codec.cond(CAPTIONS), codec.cond(CAPTIONS))
+    models = prepare(kind, model)["models"]
+    of_G = {p.data_ptr() for p in models.generator.net.parameters()}
+    shared = [p.data_ptr() in of_G for p in models.half.parameters()]
+    assert all(shared) if kind == "lora" else not any(shared)
+    assert not any(p.data_ptr() in of_G for p in models.discriminator.parameters())
+
+
+def test_each_optimiser_has_its_own_rate():
+    """Before the first iteration, too, in which train() sets them."""
+    flags = [*TINY, "--out", "unused", "--lr", "0.1", "--lr-d", "0.2", "--weight-decay", "0.3"]
+    config = plumbing.cli.parse_config(yoso.Config, yoso.PRESETS, flags, "")
+    models = yoso.build(config, Run(config))
+    groups = [optimizer.param_groups[0] for optimizer in (models.optimizer_g, models.optimizer_d)]
+    assert [(g["lr"], g["betas"][0], g["weight_decay"]) for g in groups] == [(0.1, 0.9, 0.3), (0.2, 0.0, 0.3)]
 
 
 def test_a_shared_half_has_the_weights_and_not_the_lora():
