@@ -33,7 +33,7 @@ from PIL import Image
 
 import plumbing.run
 import yoso
-from common import UserError
+from common import Draws, UserError
 from plumbing.checkpoint import latest_checkpoint, read_checkpoint
 from plumbing.cli import RunFlags, flag
 from plumbing.run import Run
@@ -151,6 +151,16 @@ def test_gradients_are_exchanged_in_pieces(monkeypatch):
     assert without.grad is None and sum(pieces) == 42 and len(pieces) > 2 and max(pieces) <= 10 + 28
 
 
+def test_random_numbers_are_those_of_the_seed(tmp_path):
+    """Those of an iteration for this rank's rows; and those of fresh weights, which follow the Run."""
+    run = run_of(tmp_path, seed=5)
+    run.rows = slice(4, 8)
+    expected = Draws(5, 3, 8, slice(4, 8), "cpu")
+    assert torch.equal(run.draws(3).randn(2), expected.randn(2))
+    weights = [run_of(tmp_path, seed=seed) and torch.rand(3) for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 # Prompts and the log
 
 def test_prompts_come_in_shuffled_passes(tmp_path):
@@ -165,6 +175,11 @@ def test_prompts_come_in_shuffled_passes(tmp_path):
     later.start = 4
     assert list(later.prompts(prompts)) == drawn[4:]
     assert list(run_of(tmp_path, iterations=6, seed=1).prompts(prompts)) != drawn
+    ranks = [run_of(tmp_path, iterations=6) for _ in range(2)]
+    for rank, rows in zip(ranks, (slice(0, 4), slice(4, 8))):
+        rank.rows = rows
+    shares = zip(*(rank.prompts(prompts) for rank in ranks))
+    assert [first + second for first, second in shares] == drawn, "two ranks share them out"
 
 
 def test_the_log_has_means_over_its_iterations(tmp_path):
@@ -193,6 +208,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         yoso.train(tiny_config(tmp_path, iterations=12, log_every=100))
     assert read_checkpoint(tmp_path / "checkpoint")["iteration"] == 4
+
+
+def test_a_loss_that_is_not_finite_in_another_process_stops_this_one(tmp_path, monkeypatch):
+    """Both name the first such iteration of all."""
+    def exchange(tensor, op=None):  # with one whose loss was nan in iteration 2
+        if op is plumbing.run.dist.ReduceOp.MIN:
+            tensor.clamp_(max=2.0)
+
+    run = run_of(tmp_path, log_every=4)
+    run.begin(dict(net=torch.nn.Linear(1, 1)))
+    run.world = 2
+    monkeypatch.setattr(plumbing.run.dist, "all_reduce", exchange)
+    with pytest.raises(UserError, match="iteration 2: L is not finite"):
+        for i in range(4):
+            run.finish_iteration(i, dict(L=torch.tensor(1.0)))
+    run.end()
 
 
 def test_broken_pictures_are_counted_and_not_fatal(tmp_path, capsys):
