@@ -141,6 +141,15 @@ def perceptual(m, a, b):
     return m.lpips(a, b).flatten()
 
 
+def convert(iteration, prompts, config, draws, m):
+    """One step of a student's conversion, onto what its start draws in one step."""
+    z, cond, clamp = draws(iteration).randn(*m.shape), condition(m, prompts), config.convert_clamp
+    target = m.start.one_step(z, cond).clamp(-clamp, clamp).detach()
+    L_convert = ((m.student.one_step(z, cond) - target)**2).mean()
+    descend(L_convert, m.student.parameters, m.optimizer, config.clip_norm)
+    return dict(L_convert=L_convert)
+
+
 # YOSO
 
 def yoso_optimizers(m, config):

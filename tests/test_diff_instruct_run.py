@@ -30,6 +30,8 @@ from safetensors.torch import load_file, save_file
 import diff_instruct_star as di
 from common import UserError, load, one_step
 from plumbing.cli import parse_config
+from plumbing.run import Run
+from plumbing.students import convert
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,20 @@ def test_sdxl_from_a_file_of_weights_at_its_own_timestep(folder, tmp_path, kind,
     eps = student.net(z, torch.tensor([399, 399]), **codec.cond(y)).sample
     expected = (z - schedule.sigma[399] * eps) / schedule.alpha[399]
     torch.testing.assert_close(f, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_converted_start_has_its_own_timestep_in_diffusers_too(folder, tmp_path):
+    """OUT/start/pipeline, on which a LoRA student's file belongs, is the student that convert returns."""
+    argv = flags(folder, tmp_path, "--iterations", 1)
+    config = parse_config(di.Config, di.PRESETS, argv, "")
+    start, codec = load(folder / "sd")
+    start.schedule = start.schedule.up_to(399)
+    student = convert(Run(config), codec, start, "v_prediction", CAPTIONS)
+    exported, _ = load(tmp_path / "pipeline")
+    assert exported.prediction_type == student.prediction_type == "v_prediction"
+    assert equal(dict(exported.net.state_dict()), dict(student.net.state_dict()))
+    assert not any(p.requires_grad for p in student.net.parameters())
+    torch.testing.assert_close(exported.schedule.alpha, start.schedule.alpha, atol=1e-6, rtol=0)
 
 
 def test_other_backbones_and_pixel_space(folder, tmp_path):

@@ -22,7 +22,7 @@ import swiftbrush_v2 as sb
 import yoso
 from common import Codec, Denoiser, NoiseSchedule, Scorer
 from plumbing.run import Run
-from plumbing.students import fold_lora
+from plumbing.students import convert, fold_lora
 
 CAPTIONS = ["a large red circle on white", "a small blue square on black", "a large green triangle on gray",
             "a small red square on white", "a small green circle on black", "a large blue circle on gray"]
@@ -176,6 +176,13 @@ def real_swiftbrush(stage, teacher, codec, start, scorers, pairs, **settings):
     frozen = sb.Loaded(teacher, start, codec, codec.decode, scorers, common.load_distance("l2", "cpu"),
                        pairs if config.regularise else None)
     found, = record(lambda: sb.train_student(stage, config, frozen, CAPTIONS))
+    return config, found
+
+
+def real_convert(start, codec, **settings):
+    """A student's conversion to v, which begins a run of swiftbrush_v2.py: config, record."""
+    config = sb.Config(**COMMON, **settings)
+    found, = record(lambda: convert(Run(config), codec, start, "v_prediction", CAPTIONS))
     return config, found
 
 
@@ -497,6 +504,26 @@ def test_diff_instruct(settings):
     reference.diff_instruct_optimizers(m, config)
     compare(reals, lambda i, prompts, draws: reference.diff_instruct(i, prompts, config, draws, m),
             dict(student=student, assistant=assistant), m.average, config.clip_norm)
+
+
+# The conversion of a student's start
+
+def test_conversion():
+    reals = []
+    for micro in (0, 2):
+        pipe, start, codec = pipeline()
+        bare = copy.deepcopy(start.net)
+        start.schedule = start.schedule.up_to(399)
+        config, real = real_convert(start, codec, batch_size=4, micro_batch=micro, convert_lr=3e-4,
+                                    convert_clamp=2.3, clip_norm=0.95)
+        assert untouched(start.net, bare), "the start stays"
+        reals.append(real)
+    m, tables = base(pipe), (start.schedule.alpha, start.schedule.sigma)
+    m.start = reference.Net(bare, "epsilon", *tables)
+    m.student = reference.Net(loaded(bare, real.start["student"]), "v_prediction", *tables)
+    m.optimizer = torch.optim.Adam(m.student.parameters, lr=config.convert_lr)
+    compare(reals, lambda i, prompts, draws: reference.convert(i, prompts, config, draws, m),
+            dict(student=m.student.module), None, config.clip_norm)
 
 
 # Beside public code

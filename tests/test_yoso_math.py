@@ -26,7 +26,7 @@ from diffusers import LCMScheduler
 from helpers import PIXART, SD, tiny_config
 
 import yoso
-from common import Denoiser, InformativePrior, NoiseSchedule, squared_distance
+from common import Denoiser, Draws, InformativePrior, NoiseSchedule, squared_distance
 
 M, S = 0.3, 1.0
 LEVELS = (1, 2, 3, 4)
@@ -267,6 +267,26 @@ def test_a_level_without_noise_is_the_data():
     x_t = SCHEDULE.add_noise(p.x0, p.eps, level)
     torch.testing.assert_close(x0[level > 0], (2 * x_t + 7)[level > 0].float())
     assert torch.equal(seen[0][0], x_t) and torch.equal(seen[0][1], level)
+
+
+@pytest.mark.parametrize("vae", [None, "a VAE"])
+def test_pictures_are_clamped_before_they_are_noised_again(vae):
+    """Latents have no such limit."""
+    schedule, given = NoiseSchedule.from_config(yoso.scratch_scheduler(4).config), []
+
+    def net(x_t, timestep):
+        given.append(x_t)
+        return SimpleNamespace(sample=5 * x_t.sign())
+
+    codec = SimpleNamespace(shape=(3, 4, 4), picture_size=4, device="cpu", vae=vae, cond=lambda y: {},
+                            decode=lambda x0: x0)
+    pictures, = yoso.draw_pictures(yoso.Sampler(Denoiser(net, schedule, "sample"), codec), ["a", "b"], 2, 7)
+    draw = Draws(7, 0, 2, slice(None), "cpu")
+    x_T, _, noise = (draw.randn(3, 4, 4) for _ in range(3))
+    x0 = x_T.sign() if vae is None else 5 * x_T.sign()
+    torch.testing.assert_close(given[0], x_T)
+    torch.testing.assert_close(given[1], schedule.add_noise(x0, noise, torch.tensor([2, 2])))
+    assert torch.equal(pictures, given[1].sign())
 
 
 def test_weights_on_the_ddgan_schedule():
