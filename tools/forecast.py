@@ -31,7 +31,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import diff_instruct_star
@@ -46,6 +51,19 @@ from plumbing.students import dense_copy, fold_lora
 
 SCRIPTS = {f"{script.__name__}.py": script for script in (yoso, swiftbrush_v2, diff_instruct_star)}
 ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+# torch's own formulas lack the fused attention of CPUs.
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def attention_flop(query, key, value, *args, out_shape=None, **kwargs):
+    """Of the forward pass, by shapes."""
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def attention_backward_flop(grad, query, key, value, *args, out_shape=None, **kwargs):
+    """Of the backward pass, by shapes."""
+    return sdpa_backward_flop_count(grad, query, key, value)
 
 
 class LiveBytes:
