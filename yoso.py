@@ -239,8 +239,8 @@ def reconstruction_weight(snr_t):
 def consistency_weight(snr_t, snr_r):
     """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1).
 
-    From scratch SNR(0) is infinite, and the weight at r = 0 is SNR(t). A pretrained schedule's SNR(0) is
-    finite, though predict_x0 returns the clean x0 there.
+    From scratch SNR(0) is 1e8, as good as infinite, and the weight at r = 0 is SNR(t). A pretrained
+    schedule's SNR(0) is finite, though predict_x0 returns the clean x0 there.
     """
     return 1 / (1 / snr_t - 1 / snr_r)
 
