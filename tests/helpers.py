@@ -21,6 +21,7 @@ import pytest
 import torch
 import torchvision
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 import plumbing.cli
 import yoso
@@ -229,6 +230,15 @@ def furthest(a, b):
 
 
 def plain(path, kind=DiffusionPipeline, **parts):
+
+
+def levels_apart(a, b):
+    """The largest difference between two picture files, in levels of 255."""
+    a, b = (np.asarray(Image.open(path)).astype(int) for path in (a, b))
+    return abs(a - b).max()
+
+
+def plain(path):
     """A pipeline as diffusers itself loads it."""
     pipe = kind.from_pretrained(path, **parts)
     pipe.set_progress_bar_config(disable=True)

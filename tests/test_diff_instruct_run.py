@@ -15,6 +15,7 @@ from helpers import (
     equal,
     fails,
     furthest,
+    levels_apart,
     metrics,
     perturb,
     plain,
@@ -28,8 +29,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diff_instruct_star as di
-from common import UserError, load, one_step
+from common import UserError, draw_many_steps, draw_samples, load, one_step
 from plumbing.cli import parse_config
+from plumbing.data import prompts_of, save_grid
 from plumbing.run import Run
 from plumbing.students import convert
 
@@ -95,6 +97,25 @@ def test_the_export_is_a_one_step_student_in_diffusers(finished):
     call = dict(latents=z, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     theirs = plain(finished / "pipeline")(y, **call).images
     torch.testing.assert_close(one_step(student, z, codec.cond(y)), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_are_the_averages(folder, finished, tmp_path):
+    """Samples and comparison are the exported student's; those from before the reward its average's then."""
+    student, codec = load(finished / "pipeline")
+    prompts = prompts_of(parse_config(di.Config, di.PRESETS, flags(folder, finished), ""), codec)
+    shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
+    draw = lambda number: draw_samples(student, codec, shown[:number], 0)
+    save_grid(draw(64), tmp_path / "grid.png")
+    assert levels_apart(finished / "samples" / "0000004.png", tmp_path / "grid.png") <= 1
+    before = load_file(finished / "before.safetensors")["pictures"]
+    many_steps = draw_many_steps(load(folder / "sd")[0], codec, shown[:8], 25, 2.0)
+    save_grid(torch.cat([many_steps, before, draw(8)]), tmp_path / "grid.png", 8)
+    assert levels_apart(finished / "comparison.png", tmp_path / "grid.png") <= 1
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        stop_at(patched, "run", 2)
+        di.main(flags(folder, tmp_path / "run"))
+    student.net.load_state_dict(state(tmp_path / "run")["ema"])
+    torch.testing.assert_close(draw(8), before, atol=1e-4, rtol=0)
 
 
 def test_stopping_and_resuming_is_exact(folder, finished, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from helpers import CAPTIONS, equal, perturb
 
 import diff_instruct_star as di
-from common import one_step
+from common import chunks_of, one_step
 from plumbing.cli import parse_config
 from plumbing.run import Run
 
@@ -157,3 +157,16 @@ def test_the_probe_has_no_graph(folder):
     with torch.no_grad():
         rewards = di.rewards_of(f, CAPTIONS, models.decode, models.scorers)
     assert not any(value.requires_grad for value in rewards.values())
+
+
+def test_rewards_are_those_of_pictures_and_their_prompts(folder):
+    """The mean over the prompts, taken in turn, of one-step pictures."""
+    _, _, models = cast(folder)
+    found, codec = di.measure_rewards(models, CAPTIONS[:3], num=5), models.codec
+    prompts = CAPTIONS[:3] + CAPTIONS[:2]
+    (_, z), = chunks_of(prompts, codec, 1)
+    pictures = models.decode(one_step(models.student, z, codec.cond(prompts)))
+    assert found.keys() == {"reward", "probe"}
+    for name, scorer in models.scorers.items():
+        expected = scorer(pictures, scorer.texts(prompts)).mean().item()
+        assert found[name] == pytest.approx(expected, abs=1e-6)

@@ -11,6 +11,7 @@ from helpers import (
     fails,
     furthest,
     gaussian_denoiser,
+    levels_apart,
     metrics,
     plain,
     ranks,
@@ -22,9 +23,11 @@ from helpers import (
 from PIL import Image
 
 import swiftbrush_v2 as sb
-from common import UserError, ddim_sample, load, one_step
+from common import UserError, ddim_sample, draw_samples, load, one_step
 from plumbing.cli import parse_config
+from plumbing.data import prompts_of, save_grid
 from plumbing.shapes import Shapes
+from plumbing.students import export_one_step
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,26 @@ def test_the_export_is_a_one_step_student_in_diffusers(finished):
     call = dict(latents=z, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     theirs = plain(finished / "pipeline")(y, **call).images
     torch.testing.assert_close(one_step(student, z, codec.cond(y)), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["a", "b"])
+def test_samples_are_the_averages(folder, finished, tmp_path, stage):
+    """Those of the last iteration are what the exported student draws."""
+    student, codec = load(finished / stage / "pipeline")
+    prompts = prompts_of(config_of(folder, finished), codec)
+    shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
+    save_grid(draw_samples(student, codec, shown, 0), tmp_path / "grid.png")
+    assert levels_apart(finished / stage / "samples" / "0000002.png", tmp_path / "grid.png") <= 1
+
+
+def test_a_start_at_its_own_timestep_stays_there(folder, tmp_path):
+    """A, B and the merged student begin where --student does."""
+    start, codec = load(folder / "sd")
+    export_one_step(codec, start.net, "epsilon", tmp_path / "start", 400)
+    more = ["--student", tmp_path / "start", "--prediction", "epsilon", "--clip-weight", 0]
+    sb.main(flags(folder, tmp_path / "out", "--iterations", 1, "--iterations-b", 1, *more))
+    lengths = [len(load(tmp_path / "out" / name / "pipeline")[0].schedule) for name in ("a", "b", ".")]
+    assert lengths == [400] * 3
 
 
 def test_stopping_and_resuming_is_exact(folder, finished, tmp_path):

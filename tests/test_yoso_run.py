@@ -35,6 +35,13 @@ from helpers import (
     stop_at,
     unexplained,
     weights,
+
+
+    levels_apart,
+    metrics,
+    ranks,
+    state,
+    unexplained,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -42,6 +49,8 @@ from safetensors.torch import load_file
 import plumbing.cli
 import yoso
 from common import HalfUNet, InformativePrior, UserError, load
+from plumbing.data import save_grid
+from plumbing.shapes import Shapes
 
 # Rates at which two iterations change pictures visibly.
 FINE_TUNE = ["--preset", "mini", "--iterations", 2, "--adapt-iterations", 2, "--batch-size", 4, "--lr", 0.02,
@@ -133,6 +142,17 @@ def test_the_export_is_the_average(models, finished):
                 value = value + delta
             torch.testing.assert_close(exported[key], value, atol=1e-6, rtol=1e-5)
         assert changed == len(saved["ema"]) / 2, "every layer of the LoRA"
+
+
+def test_the_comparison_is_of_the_average(finished, tmp_path):
+    """Below the original, the exported model by 1, 2 and 4 calls."""
+    out = finished["full"].out
+    sampler, _ = yoso.load_sampler(out)
+    captions = [Shapes(32)[i]["caption"] for i in range(8)]
+    pictures = [picture for nfe in (1, 2, 4) for picture in yoso.draw_pictures(sampler, captions, nfe, 0)]
+    original = load_file(out / "original.safetensors")["pictures"]
+    save_grid(torch.cat([original, *pictures]), tmp_path / "grid.png")
+    assert levels_apart(out / "comparison.png", tmp_path / "grid.png") <= 1
 
 
 def test_the_frozen_half_stays_the_originals(models, finished):
