@@ -229,16 +229,13 @@ def furthest(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def plain(path, kind=DiffusionPipeline, **parts):
-
-
 def levels_apart(a, b):
     """The largest difference between two picture files, in levels of 255."""
     a, b = (np.asarray(Image.open(path)).astype(int) for path in (a, b))
     return abs(a - b).max()
 
 
-def plain(path):
+def plain(path, kind=DiffusionPipeline, **parts):
     """A pipeline as diffusers itself loads it."""
     pipe = kind.from_pretrained(path, **parts)
     pipe.set_progress_bar_config(disable=True)

@@ -28,6 +28,7 @@ from helpers import (
     drawings,
     equal,
     fails,
+    levels_apart,
     metrics,
     plain,
     ranks,
@@ -35,13 +36,6 @@ from helpers import (
     stop_at,
     unexplained,
     weights,
-
-
-    levels_apart,
-    metrics,
-    ranks,
-    state,
-    unexplained,
 )
 from PIL import Image
 from safetensors.torch import load_file
