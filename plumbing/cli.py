@@ -46,7 +46,7 @@ class RunFlags:
                        "averages", "run")
     cache_latents: bool = flag(False, "encode pictures and captions once, float16, to OUT/cache; the text "
                                "encoders leave the device", "run")
-    workers: int = flag(0, "processes that read pictures", "run", least=0)
+    workers: int = flag(0, "processes that read pictures, where a run trains on any", "run", least=0)
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
     save_every: int = flag(500, "iterations between checkpoints", "run", least=1)
     sample_every: int = flag(500, "iterations between grids in samples/", "run", least=1)
