@@ -52,7 +52,8 @@ from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, check_targets
 from plumbing.cache import cache_conditions
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
-from plumbing.data import agreed, prompts_of, save_grid
+from plumbing.data import prompts_of, save_grid
+from plumbing.files import agreed
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import shard
 from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_student, load_teacher,

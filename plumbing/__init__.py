@@ -4,6 +4,7 @@ cli         flags from a dataclass, their ranges, errors in one line
 run         Run: device, processes, batches, one update, log, stop
 checkpoint  a run's state, saved and read back
 data        folders of pictures, CIFAR-10, tar and parquet files, prompts; their order; grids of pictures
+files       files written whole or not at all, with what shows that they are still what was written
 shapes      the embedded dataset: pictures drawn by code
 cache       latents and text conditions, encoded once
 students    a one-step student's start, its conversion, its exports for diffusers and kohya

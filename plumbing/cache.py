@@ -3,18 +3,15 @@
 import json
 import os
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import UserError, chunk_for
-from plumbing.data import claim_folder, digest, to_floats
+from common import chunk_for
+from plumbing.data import to_floats
+from plumbing.files import check_tensors, claim_folder, digest, open_tensors, origin_of, write_tensors
 
 CACHED = 500  # samples or prompts a file
 
@@ -27,26 +24,16 @@ class Latents(Dataset):
 
     endless = False
 
-    def __init__(self, folder, num):
-        self.folder, self.num = Path(folder), num
+    def __init__(self, folder, num, origin):
+        self.folder, self.num, self.origin = Path(folder), num, origin
 
     def __len__(self):
         return self.num
 
     def __getitem__(self, index):
-        file = open_safetensors(self.folder / f"latents-{index // CACHED:06d}.safetensors")
+        file = open_tensors(self.folder / f"latents-{index // CACHED:06d}.safetensors", self.origin)
         return dict(image=torch.from_numpy(file.get_slice("latents")[index % CACHED]).float(), skipped=[],
                     caption=json.loads(file.metadata()["captions"])[index % CACHED])
-
-
-@lru_cache(maxsize=1000)
-def open_safetensors(path):
-    """A safetensors file, open, for rows of its arrays to be read. Raises UserError if it is unreadable."""
-    try:
-        return safe_open(path, "np")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete its folder to have it made anew, "
-                        "on a disk that all machines share")
 
 
 @torch.no_grad()
@@ -62,6 +49,7 @@ def cache_latents(codec, dataset, folder, made_by):
     made_by = made_by | {"num": len(dataset), "state of the files": digest(dataset.state())}
     names = [f"latents-{i:06d}.safetensors" for i in range(-(-len(dataset) // CACHED))]
     missing, chunk = claim_folder(Path(folder), made_by, names), chunk_for(codec)
+    origin = origin_of(made_by)
     for name in shared_out(missing, "latents"):
         first, latents, captions = int(name[8:14]) * CACHED, [], []
         for start in range(first, last := min(first + CACHED, len(dataset)), chunk):
@@ -71,11 +59,10 @@ def cache_latents(codec, dataset, folder, made_by):
             captions += [s["caption"] for s in samples]
             for path in {path for s in samples for path in s["skipped"]}:
                 tqdm.write(f"skipped, cannot be read as a picture: {path}", file=sys.stderr)
-        metadata = dict(captions=json.dumps(captions))
-        write_tensors(Path(folder) / name, dict(latents=torch.cat(latents)), metadata)
-    if dist.is_initialized():
-        dist.barrier()
-    return Latents(folder, len(dataset))
+        latents = dict(latents=torch.cat(latents))
+        write_tensors(Path(folder) / name, latents, origin, captions=json.dumps(captions))
+    check_tensors(Path(folder), names, origin)
+    return Latents(folder, len(dataset), origin)
 
 
 def cache_conditions(codec, prompts, folder, made_by):
@@ -88,21 +75,21 @@ def cache_conditions(codec, prompts, folder, made_by):
         return
     prompts, like = list(dict.fromkeys(["", *prompts])), codec.cond([""])
     names = [f"conditions-{i:06d}.safetensors" for i in range(-(-len(prompts) // CACHED))]
-    missing = claim_folder(Path(folder), made_by | {"digest of the prompts": digest(prompts)}, names)
+    made_by = made_by | {"digest of the prompts": digest(prompts)}
+    missing, origin = claim_folder(Path(folder), made_by, names), origin_of(made_by)
     for name in shared_out(missing, "conditions"):
         first, conds = int(name[11:17]) * CACHED, []
         for start in range(first, min(first + CACHED, len(prompts)), 16):
             conds.append(flat_cond(codec.cond(prompts[start:min(start + 16, first + CACHED)])))
-        joined = {key: torch.cat([cond[key] for cond in conds]).half().cpu() for key in conds[0]}
-        write_tensors(Path(folder) / name, joined, {})
-    if dist.is_initialized():
-        dist.barrier()
+        joined = {key: torch.cat([cond[key] for cond in conds]).half() for key in conds[0]}
+        write_tensors(Path(folder) / name, joined, origin)
+    check_tensors(Path(folder), names, origin)
     number = {prompt: i for i, prompt in enumerate(prompts)}
 
     def read(prompts):
         """The condition of prompts that are in the cache."""
         places = [divmod(number[prompt], CACHED) for prompt in prompts]
-        rows = [(open_safetensors(Path(folder) / names[i]), row) for i, row in places]
+        rows = [(open_tensors(Path(folder) / names[i], origin), row) for i, row in places]
         flat = {}
         for key in flat_cond(like):
             values = torch.stack([torch.from_numpy(file.get_slice(key)[row]) for file, row in rows])
@@ -124,14 +111,13 @@ def cache_pairs(folder, num, chunk, made_by, make):
     """
     chunks = [range(i, min(i + chunk, num)) for i in range(0, num, chunk)]
     names = [f"{numbers.start:06d}-{numbers.stop:06d}.safetensors" for numbers in chunks]
-    missing = claim_folder(folder, made_by, names)
+    missing, origin = claim_folder(folder, made_by, names), origin_of(made_by)
     for name in shared_out(missing, "pairs"):
         i = names.index(name)
         z, x0, prompts = make(i, chunks[i])
-        write_tensors(folder / name, dict(z=z.cpu(), x0=x0.cpu()), dict(prompts=json.dumps(prompts)))
-    if dist.is_initialized():
-        dist.barrier()
-    files = [open_safetensors(folder / name) for name in names]
+        write_tensors(folder / name, dict(z=z, x0=x0), origin, prompts=json.dumps(prompts))
+    check_tensors(folder, names, origin)
+    files = [open_tensors(folder / name, origin) for name in names]
     z, x0 = (torch.cat([torch.from_numpy(file.get_tensor(key)) for file in files]) for key in ("z", "x0"))
     return z, x0, [prompt for file in files for prompt in json.loads(file.metadata()["prompts"])]
 
@@ -140,17 +126,6 @@ def shared_out(names, title):
     """This process's share of the files that are to be made, with a bar."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return tqdm(names[rank::world], desc=title, disable=rank > 0 or not names)
-
-
-def write_tensors(path, tensors, metadata):
-    """A safetensors file that gets its name when it is complete. Raises UserError if it cannot be written."""
-    tensors, temporary = {key: value.contiguous() for key, value in tensors.items()}, path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.rename(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose an --out with room, "
-                        "on a disk that all machines share")
 
 
 def flat_cond(cond, prefix=""):

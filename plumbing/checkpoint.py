@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from common import UserError
-from plumbing.data import write_text
+from plumbing.files import write_text
 
 
 def flat_state(parts):

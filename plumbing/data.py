@@ -1,6 +1,5 @@
 """Pictures and prompts: folders, CIFAR-10, tar and parquet files, prompt files; their order; grids."""
 
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import UserError, class_labels, one_line
+from plumbing.files import agreed, claim_folder, states_of, write_text
 from plumbing.shapes import Shapes
 
 
@@ -295,42 +295,6 @@ def save_grid(images, path, columns=8, flag="--out"):
         raise UserError(f"{flag} {path}: cannot be written ({error})")
 
 
-def write_text(path, text):
-    """Writes a file that gets its name when it is complete; a text that is not empty ends in a line break."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    temporary.write_text(text + "\n" if text else "", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def agreed(make):
-    """The value of make() on rank 0, for every rank: all must go by the files that one machine finds."""
-    found = [make() if int(os.environ.get("RANK", 0)) == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
-
-
-def claim_folder(folder, made_by, names):
-    """On rank 0 makes a folder of prepared data -> on every rank the names of files not yet in the folder.
-
-    made_by, a dict of everything that the data depends on, is noted in made_by.json. Raises UserError if the
-    folder was made by something else or cannot be written.
-    """
-    def missing():
-        note = folder / "made_by.json"
-        if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(made_by)):
-            raise UserError(f"{folder}: made with other flags, {note.read_text().strip()}; "
-                            "repeat them, or delete the folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(note, json.dumps(made_by))
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out")
-        return [name for name in names if not (folder / name).exists()]
-
-    return agreed(missing)
-
-
 def generate_folder(folder, num, made_by, load_artist):
     """Draws num pictures into a folder, a PNG and its caption each -> the folder's name.
 
@@ -361,14 +325,3 @@ def generate_folder(folder, num, made_by, load_artist):
     if dist.is_initialized():
         dist.barrier()
     return str(folder)
-
-
-def digest(texts):
-    """A short fingerprint of many texts."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-
-
-def states_of(paths):
-    """Name, size and time of change of files: texts that change when a file does."""
-    states = [(path, Path(path).stat()) for path in paths]
-    return [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states]

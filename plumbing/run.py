@@ -22,7 +22,8 @@ from tqdm import tqdm
 from common import EMA, Draws, UserError, Weights, part_of
 from plumbing.checkpoint import checkpoint_note, latest_checkpoint, load_parts, write_checkpoint
 from plumbing.cli import bound_flags
-from plumbing.data import permutation, sample_order, to_floats, write_text
+from plumbing.data import permutation, sample_order, to_floats
+from plumbing.files import write_text
 
 EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float32
 
