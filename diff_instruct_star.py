@@ -497,16 +497,18 @@ def train(config):
     if run.start > rewarded and not before.exists() and run.rank == 0:
         shutil.copyfile(earlier, before)  # of the run whose checkpoint is continued; compare needs it
     shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
+
+    def samples():
+        """One-step pictures of the averaged student."""
+        with models.ema.applied():
+            return draw_samples(models.student, codec, shown, 0)
+
     for iteration, y in enumerate(run.prompts(prompts), run.start):
         if iteration == rewarded and run.shows:
             with models.ema.applied():
                 remember_before(run, before, models, prompts)
         losses = train_step(iteration, y, config, run, models)
-        if (iteration + 1) % config.sample_every == 0 and run.shows:
-            with models.ema.applied():
-                pictures = draw_samples(models.student, codec, shown, 0)
-            save_grid(pictures, run.out / "samples" / f"{iteration + 1:07d}.png")
-        if run.finish_iteration(iteration, losses):
+        if run.finish_iteration(iteration, losses, samples):
             break
     run.end()
     export_student(run, codec, models.student, models.ema)

@@ -493,13 +493,15 @@ def train_student(stage, config, loaded, prompts):
     run.begin(dict(student=models.student.trainable(), lora_teacher=models.lora_teacher.trainable(),
                    ema=models.ema, optimizer=models.optimizer, optimizer_lora=models.optimizer_lora))
     shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
+
+    def samples():
+        """One-step pictures of the averaged student."""
+        with models.ema.applied():
+            return draw_samples(models.student, loaded.codec, shown, 0)
+
     for iteration, y in enumerate(run.prompts(prompts), run.start):
         losses = train_step(iteration, y, config, run, models)
-        if (iteration + 1) % config.sample_every == 0 and run.shows:
-            with models.ema.applied():
-                pictures = draw_samples(models.student, loaded.codec, shown, 0)
-            save_grid(pictures, run.out / "samples" / f"{iteration + 1:07d}.png")
-        if run.finish_iteration(iteration, losses):
+        if run.finish_iteration(iteration, losses, samples):
             break
     run.end()
     export_student(run, loaded.codec, models.student, models.ema)

@@ -912,23 +912,21 @@ def train(config):
                    optimizer_g=models.optimizer_g, optimizer_d=models.optimizer_d))
     sampler = Sampler(models.generator, codec, prior, config.latent_z)
 
-    def save_samples(name):
-        if run.shows:
-            with models.ema.applied():
-                pictures = torch.cat(list(draw_pictures(sampler, captions, 1, 0)))
-            save_grid(pictures, run.out / "samples" / name)
+    def samples():
+        """One-step pictures of the averaged generator."""
+        with models.ema.applied():
+            return torch.cat(list(draw_pictures(sampler, captions, 1, 0)))
 
     for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
         remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
         for optimizer, lr in ((models.optimizer_g, config.lr), (models.optimizer_d, config.lr_d)):
             optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
         losses = train_step(iteration, pictures, texts, config, run, models)
-        if (iteration + 1) % config.sample_every == 0:
-            save_samples(f"{iteration + 1:07d}.png")
-        if run.finish_iteration(iteration, losses):
+        if run.finish_iteration(iteration, losses, samples):
             break
     run.end()
-    save_samples("final.png")
+    if run.shows:
+        save_grid(samples(), run.out / "samples" / "final.png")
     export(config, run, sampler, models.ema, original, captions[:8])
 
 

@@ -30,6 +30,10 @@ class Latents(Dataset):
     def __len__(self):
         return self.num
 
+    def state(self):
+        """A text that changes when a picture or a caption does."""
+        return [self.origin]
+
     def __getitem__(self, index):
         file = open_tensors(self.folder / f"latents-{index // CACHED:06d}.safetensors", self.origin)
         return dict(image=torch.from_numpy(file.get_slice("latents")[index % CACHED]).float(), skipped=[],

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from common import UserError
-from plumbing.files import write_text
+from common import UserError, one_line
+from plumbing.files import checksums_of, gathered, rank_and_world, write_text
+
+NOTE = "checkpoint.json"
 
 
 def flat_state(parts):
@@ -28,12 +32,23 @@ def flat_state(parts):
     return {key: value.view(1) if value.dim() == 0 else value for key, value in state.items()}
 
 
-def write_checkpoint(folder, done, parts, config):
-    """Writes the parts after `done` iterations to folder/<done>, then deletes the checkpoint before.
+def checksums(folder):
+    """The checksums of the files in a checkpoint folder, by name; each process reads its share of them."""
+    rank, world = rank_and_world()
+    try:
+        share = checksums_of(folder, slice(rank, None, world))
+    except OSError:
+        share = {}  # what cannot be read is not what was written, for the other processes too
+    shares = gathered(share)
+    return {name: value for share in shares for name, value in share.items() if name != NOTE}
+
+
+def write_checkpoint(folder, done, parts, config, data=""):
+    """Writes the parts after `done` iterations to folder/<done>; the one before it stays, older ones go.
 
     Every process calls this and writes its share of the tensors, as safetensors; a note beside them,
-    checkpoint.json, lists the files. The folder gets its name when it is complete. Raises UserError if it
-    cannot be written.
+    checkpoint.json, has the config, the fingerprint `data` of what the run was trained on, and the files'
+    checksums. The folder gets its name when it is complete. Raises UserError if it cannot be written.
     """
     target, new, first = folder / f"{done:08d}", folder / "new", int(os.environ.get("RANK", 0)) == 0
     if first:
@@ -45,47 +60,91 @@ def write_checkpoint(folder, done, parts, config):
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
             writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
             dcp.save(flat_state(parts), storage_writer=writer)
+        files = checksums(new)
         if first:
-            files = {file.name: file.stat().st_size for file in new.iterdir()}
-            note = dict(config=dataclasses.asdict(config), files=files)
-            write_text(new / "checkpoint.json", json.dumps(note))
+            note = dict(config=dataclasses.asdict(config), data=data, files=files)
+            write_text(new / NOTE, json.dumps(note))
             for path in (*new.iterdir(), new):  # on the disk before it gets its name
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():  # damaged, or the run went back behind it
+                remove(target)
             new.rename(target)
-            for old in folder.iterdir():
-                if old != target:
-                    shutil.rmtree(old, ignore_errors=True)
-    except (OSError, dcp.CheckpointException) as error:
+            sweep(folder, done)
+    except (OSError, UserError, dcp.CheckpointException) as error:
         if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]
         shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"{target}: iteration {done} cannot be saved ({error}); the one before it is kept")
+        raise UserError(f"{target}: iteration {done} cannot be saved ({one_line(error)}); "
+                        "the one before it is kept")
+
+
+def remove(path):
+    """Deletes a checkpoint, which loses its name first: a kill leaves none that is half there."""
+    old = path.with_name("old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder, done):
+    """Deletes what a run has left beside its checkpoint of iteration `done` and the one before that.
+
+    Other files and folders, which the run did not make, stay.
+    """
+    for name in ("new", "old"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    ours = [path for path in checkpoints(folder) if (path / NOTE).exists()]
+    kept = [path for path in ours if int(path.name) <= done][:2]
+    for path in ours:
+        if path not in kept:
+            remove(path)
+
+
+def checkpoints(folder):
+    """The checkpoints in a run's checkpoint/, folders named by their iterations, the newest first."""
+    found = [path for path in Path(folder).glob("*") if re.fullmatch(r"\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def latest_checkpoint(folder):
-    """The last complete checkpoint in a run's checkpoint/: a folder named by its iteration, or None."""
-    found = [path for path in Path(folder).glob("[0-9]*") if (path / "checkpoint.json").exists()]
-    return max(found, default=None)
+    """The newest checkpoint in a run's checkpoint/, sound or not, or None."""
+    return next(iter(checkpoints(folder)), None)
 
 
 def checkpoint_note(path):
-    """The note of a checkpoint folder: dict(config, files).
-
-    Raises UserError if the note or a file that it lists is damaged.
-    """
+    """The note of a checkpoint folder: dict(config, data, files). Raises UserError if it is damaged."""
     try:
-        note = json.loads((path / "checkpoint.json").read_text())
+        note = json.loads((path / NOTE).read_text())
         note["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in note["config"].items()}
-        damaged = [name for name, size in note["files"].items() if (path / name).stat().st_size != size]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: damaged or not a checkpoint ({error}); delete it to start this run anew")
-    if damaged:
-        raise UserError(f"{path}: damaged, {damaged[0]} has not the size it was written with; "
-                        "delete it to start this run anew")
-    return note
+        return dict(config=note["config"], data=note["data"], files=dict(note["files"]))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or not a checkpoint ({one_line(error)})")
+
+
+def sound_checkpoint(folder):
+    """(path, note) of the newest checkpoint in a run's checkpoint/ that is not damaged, or None without any.
+
+    A damaged one is named on stderr, and the one before it taken. Every process must call this. Raises
+    UserError if all are damaged.
+    """
+    for path in checkpoints(folder):
+        found = checksums(path)
+        try:
+            note = checkpoint_note(path)
+        except UserError as error:
+            problem = str(error)
+        else:
+            damaged = [name for name, value in note["files"].items() if found.get(name) != value]
+            if not damaged:
+                return path, note
+            problem = f"{path}: damaged, {damaged[0]} is not what was written"
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{problem}; going back to the checkpoint before it", file=sys.stderr)
+    if checkpoints(folder):
+        raise UserError(f"{folder}: all its checkpoints are damaged; delete it to start this run anew")
+    return None
 
 
 def load_tensors(path, state):
@@ -128,14 +187,14 @@ def load_parts(path, parts):
 
 
 def read_checkpoint(folder):
-    """The last checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state[part][key]).
+    """The last sound checkpoint in a run's checkpoint/, in memory: dict(iteration, config, state[part][key]).
 
-    Raises UserError if there is none, or it is damaged.
+    Raises UserError if there is none.
     """
-    path = latest_checkpoint(folder)
-    if not path:
+    found = sound_checkpoint(folder)
+    if not found:
         raise UserError(f"{folder}: no checkpoint yet; a run writes one every --save-every iterations")
-    note = checkpoint_note(path)
+    path, note = found
     tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in stored_tensors(path).items()}
     load_tensors(path, tensors)
     state = {}

@@ -47,6 +47,8 @@ class RunFlags:
     cache_latents: bool = flag(False, "encode pictures and captions once, float16, to OUT/cache; the text "
                                "encoders leave the device", "run")
     workers: int = flag(0, "processes that read pictures, where a run trains on any", "run", least=0)
+    timeout: int = flag(45, "seconds that a process waits for the others within a step; when they are up it "
+                        "names who does not answer and ends", "run", least=1)
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
     save_every: int = flag(500, "iterations between checkpoints", "run", least=1)
     sample_every: int = flag(500, "iterations between grids in samples/", "run", least=1)
@@ -55,7 +57,7 @@ class RunFlags:
 # The flags that may change between a run and its continuation: they alter neither the mathematics nor the
 # networks.
 FREE = {"out", "resume", "device", "compile", "gradient_checkpointing", "micro_batch", "shard", "workers",
-        "log_every", "save_every", "sample_every"}
+        "timeout", "log_every", "save_every", "sample_every"}
 
 
 def bound_flags(config_class, *, but=()):

@@ -1,9 +1,11 @@
 """Files of a run: written whole or not at all, each with what shows that it is still what was written."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 import zlib
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,6 +20,7 @@ from common import UserError, one_line
 
 CHECKSUMS = "checksums.json"  # of the files of an exported folder
 READ_AT_ONCE = 2**24  # bytes of a file
+ANSWER_SECONDS = 5  # that the processes have to report after a failed exchange
 
 
 @contextmanager
@@ -166,7 +169,7 @@ def check_tensors(folder, names, origin):
 
     Comes back when all have written and read theirs.
     """
-    rank, world, damage = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), ""
+    (rank, world), damage = rank_and_world(), ""
     if dist.is_initialized():
         dist.barrier()
     try:
@@ -178,7 +181,12 @@ def check_tensors(folder, names, origin):
         raise UserError(found)
 
 
-# Folders of prepared data
+# Several processes
+
+def rank_and_world():
+    """This process's number in the group of processes, and their number."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def gathered(value):
     """The values of all processes."""
@@ -189,7 +197,6 @@ def gathered(value):
     return values
 
 
-
 def agreed(make):
     """The value of make() on rank 0, for every rank: all must go by the files that one machine finds."""
     found = [make() if int(os.environ.get("RANK", 0)) == 0 else None]
@@ -197,6 +204,37 @@ def agreed(make):
         dist.broadcast_object_list(found)
     return found[0]
 
+
+def silent_ranks():
+    """The processes that do not report within some seconds: asked by all that live when an exchange failed.
+
+    An exchange that has failed does not say for want of whom.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set(f"alive/{dist.get_rank()}", "")
+        time.sleep(ANSWER_SECONDS)
+        return [rank for rank in range(dist.get_world_size()) if not store.check([f"alive/{rank}"])]
+    except (RuntimeError, dist.DistError):
+        return [0]  # it kept the store
+
+
+def lock(path):
+    """Holds a file for this process until the object that it returns is closed or the process ends.
+
+    Even a killed process gives it free. Raises UserError if another process holds it.
+    """
+    with writing(path):
+        file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"{Path(path).parent}: another process is at work in it ({error.strerror}); "
+                        "wait for its end, or choose another --out")
+    return file
+
+
+# Folders of prepared data
 
 def claim_folder(folder, made_by, names):
     """On rank 0 makes a folder of prepared data -> on every rank the names of files not yet in the folder.

@@ -9,6 +9,8 @@ import signal
 import sys
 import tempfile
 import time
+from datetime import timedelta
+from functools import cache
 from itertools import accumulate, groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +22,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import EMA, Draws, UserError, Weights, part_of
-from plumbing.checkpoint import checkpoint_note, latest_checkpoint, load_parts, write_checkpoint
+from plumbing.checkpoint import (
+    checkpoints,
+    flat_state,
+    latest_checkpoint,
+    load_parts,
+    sound_checkpoint,
+    sweep,
+    write_checkpoint,
+)
 from plumbing.cli import bound_flags
-from plumbing.data import permutation, sample_order, to_floats
-from plumbing.files import write_text
+from plumbing.data import permutation, sample_order, save_grid, to_floats
+from plumbing.files import agreed, append_line, digest, gathered, lock, silent_ranks, write_text, writing
+from plumbing.shard import part_here, whole
 
 EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float32
 
@@ -40,6 +51,8 @@ def choose_device(name):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
@@ -50,6 +63,12 @@ def start_processes(device):
     """Starts torchrun's process group, once a program: gloo, and nccl between GPUs; run_command ends it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+@cache
+def group_of_steps(seconds):
+    """The process group of what is exchanged in a step on the host, which gives up after so many seconds."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
 
 def ignore_signals(worker):
@@ -87,51 +106,71 @@ class Run:
         self.rows = slice(self.rank * local, (self.rank + 1) * local)
         self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]  # of this rank's rows
         self.device = choose_device(config.device)
-        self.source = self._find_checkpoint()
-        self.start = int(self.source.name) if self.source else 0
-        self.signal = 0
         start_processes(self.device)
-        if self.world > 1:
-            starts = [None] * self.world
-            dist.all_gather_object(starts, self.start)
-            if len(set(starts)) > 1:
-                raise UserError(f"--out {config.out}: the processes find different checkpoints; "
-                                "use a disk that all share")
+        self.source, self.data_before = self._find_checkpoint()
+        self.start = int(self.source.name) if self.source else 0
+        self.signal, self.lock, self.data = 0, None, ""
+        self.steps = group_of_steps(config.timeout) if self.world > 1 else None
         torch.manual_seed(config.seed)  # the same weights on every rank
 
     def _find_checkpoint(self):
         # The run's own checkpoint comes first: the same command, with or without --resume, continues the run.
-        source = latest_checkpoint(self.checkpoints)
-        if not source and self.config.resume:
-            source = latest_checkpoint(Path(self.config.resume) / "checkpoint")
-            if not source:
+        folders = [self.checkpoints]
+        if self.config.resume:
+            folders.append(Path(self.config.resume) / "checkpoint")
+        found = gathered([path.name for folder in folders for path in checkpoints(folder)])
+        if any(names != found[0] for names in found):
+            raise UserError(f"--out {self.config.out}: the processes find different checkpoints; "
+                            "use a disk that all share")
+        sound = sound_checkpoint(self.checkpoints)
+        if not sound and self.config.resume:
+            sound = sound_checkpoint(folders[1])
+            if not sound:
                 raise UserError(f"--resume {self.config.resume}: there is no checkpoint in it")
-        if not source:
-            return None
+        if not sound:
+            return None, ""
+        source, note = sound
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
-        saved, ours = defaults | checkpoint_note(source)["config"], dataclasses.asdict(self.config)
+        saved, ours = defaults | note["config"], dataclasses.asdict(self.config)
         differing = [f"--{name.replace('_', '-')} was {saved[name]}, is {ours[name]}"
                      for name in ours if name in self.bound and saved[name] != ours[name]]
         if differing:
             raise UserError(f"{source}: belongs to another configuration ({'; '.join(differing)}); "
                             "repeat that run's flags, or choose another --out")
-        return source
+        return source, note["data"]
 
     def make_folder(self):
-        """Makes the run's folder. Raises UserError if it cannot be written."""
-        try:
+        """Makes the run's folder, which no other run may be writing to.
+
+        Every process must call this. Raises UserError if the folder cannot be had.
+        """
+        def problem():
+            try:
+                self._claim_folder()
+            except UserError as error:
+                return str(error)
+
+        if found := agreed(problem):
+            raise UserError(found)
+
+    def _claim_folder(self):
+        if self.lock:
+            return
+        with writing(f"--out {self.config.out}", "choose another folder"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoints):
                 pass
-        except OSError as error:
-            raise UserError(f"--out {self.config.out}: cannot write there ({error.strerror}); "
-                            "choose another folder")
+        for name in ("samples", "pipeline"):
+            if (self.out / name).is_file():
+                raise UserError(f"--out {self.config.out}: the file {name} is in the way of a folder; "
+                                "move it, or choose another --out")
+        self.lock = lock(self.out / "lock")
 
     def begin(self, parts):
         """Called once everything is built: makes the folder, loads the checkpoint, catches the signals.
 
         parts: name -> module, optimiser or EMA: the contents of a checkpoint. Log lines after the checkpoint
-        are dropped.
+        are dropped. Comes back when all processes are ready.
         """
         self.make_folder()
         if self.source:
@@ -147,13 +186,8 @@ class Run:
             self.save(self.start)  # from another run: this one can now be continued on its own
         if self.rank == 0:
             write_text(self.out / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
-            log = self.out / "metrics.jsonl"
-            lines = log.read_text().splitlines() if log.exists() else []
-            # A line that was cut short by a kill has no closing brace.
-            kept = [line for line in lines
-                    if line.endswith("}") and json.loads(line)["iteration"] <= self.start]
-            if kept != lines:
-                write_text(log, "\n".join(kept))
+            self._cut_log()
+            sweep(self.checkpoints, self.start)
         remember = lambda number, frame: setattr(self, "signal", number)
         self.old_handlers = {number: signal.signal(number, remember)
                              for number in (signal.SIGINT, signal.SIGTERM)}
@@ -161,6 +195,39 @@ class Run:
                         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.window, self.skipped = [], set()
         self.window_start, self.window_iteration = time.perf_counter(), self.start
+        self.wait()
+
+    def _cut_log(self):
+        log = self.out / "metrics.jsonl"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["iteration"] <= self.start:
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                if line is not lines[-1]:  # a kill cuts the last one short
+                    tqdm.write(f"{log}: a damaged line is dropped", file=sys.stderr)
+        if kept != lines:
+            write_text(log, "\n".join(kept))
+
+    def wait(self):
+        """Waits, however long, until all processes are here: after work that only the first one has."""
+        if self.world > 1:
+            dist.barrier()
+
+    def _reduce(self, tensor, operation=dist.ReduceOp.SUM):
+        """all_reduce within a step. Raises UserError if a process has ended, or does not answer in time."""
+        try:
+            dist.all_reduce(tensor, operation, group=self.steps if tensor.device.type == "cpu" else None)
+        except RuntimeError:
+            lost = ", ".join(map(str, silent_ranks())) or "unknown"
+            raise UserError(f"rank {lost}: has ended, or did not answer for --timeout {self.config.timeout} "
+                            f"seconds, stopped; {self._kept()}; the same command continues")
+
+    def _kept(self):
+        last = latest_checkpoint(self.checkpoints)
+        return f"the checkpoint of iteration {int(last.name)} is kept" if last else "no checkpoint yet"
 
     def draws(self, iteration):
         """The random numbers of an iteration, for this rank's rows of the batch."""
@@ -168,6 +235,7 @@ class Run:
 
     def batches(self, dataset):
         """This rank's (x0 in [-1, 1] on the device, captions) of every iteration still to come."""
+        self._compare_data(f"--dataset {getattr(dataset, 'root', '')}", dataset.state)
         size, rows = self.config.batch_size, self.rows
         order = (sample_order(dataset, self.config.seed, range(i * size + rows.start, i * size + rows.stop))
                  for i in range(self.start, self.config.iterations))
@@ -184,10 +252,19 @@ class Run:
 
     def prompts(self, prompts):
         """This rank's list of prompts for every iteration still to come, shuffled anew in each pass."""
+        self._compare_data("--prompts", lambda: prompts)
         size, rows, n = self.config.batch_size, self.rows, len(prompts)
         for i in range(self.start, self.config.iterations):
             counters = range(i * size + rows.start, i * size + rows.stop)
             yield [prompts[permutation(self.config.seed, c // n, n)[c % n]] for c in counters]
+
+    def _compare_data(self, name, state):
+        """Says so if the data have changed since the checkpoint. state() -> texts that change with them."""
+        if self.rank == 0:
+            self.data = digest(state())
+            if self.data_before not in ("", self.data):
+                tqdm.write(f"{name}: changed since iteration {self.start}; "
+                           "the run goes on with what is there now", file=sys.stderr)
 
     def split(self, **batch):
         """This rank's batch as a list of micro-batches: namespaces with their rows of every value.
@@ -206,7 +283,8 @@ class Run:
 
         loss_of(batch) -> (loss, {name: scalar}), both means over the micro-batch's samples, called under
         autocast. The gradient of all the optimiser's parameters together is clipped to the norm clip_norm.
-        Returns the scalars' means over this rank's micro-batches.
+        Returns the scalars' means over this rank's micro-batches, and the gradient's norm before clipping by
+        the name of the loss: grad_G of loss_G.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
@@ -217,10 +295,12 @@ class Run:
             (loss / len(batches)).backward()
             scalars.append(values)
         self.average_gradients(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if clip_norm < math.inf:
-            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         optimizer.step()
-        return {name: torch.stack([s[name].detach() for s in scalars]).mean() for name in scalars[0]}
+        means = {name: torch.stack([s[name].detach() for s in scalars]).mean() for name in scalars[0]}
+        return means | {loss_of.__name__.replace("loss", "grad"): whole(norm)}
 
     def average_gradients(self, parameters):
         """Replaces the parameters' gradients by their means over the ranks.
@@ -236,35 +316,47 @@ class Run:
         for _, bucket in groupby(zip(ends, gradients), lambda pair: pair[0] // EXCHANGED_AT_ONCE):
             bucket = [g for _, g in bucket]
             flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
+            self._reduce(flat)
             means = flat.div_(self.world).split([g.numel() for g in bucket])
             torch._foreach_copy_(bucket, [m.view_as(g) for m, g in zip(means, bucket)])
             del flat, means  # before the next bucket is copied
 
-    def finish_iteration(self, iteration, losses):
-        """Logs, saves when due, and returns True if the run must stop now (Ctrl-C or SIGTERM on any rank).
+    def finish_iteration(self, iteration, losses, draw=None):
+        """Logs, shows and saves when due; True if the run must stop now (Ctrl-C or SIGTERM on any rank).
 
-        losses: name -> scalar tensor. Raises UserError with the iteration and the loss's name if a loss was
-        not finite.
+        losses: name -> scalar tensor, losses and norms of gradients. draw() -> pictures [N, 3, H, W] in
+        [-1, 1] for samples/, on the ranks where the run shows them. Raises UserError, with nothing written,
+        if a scalar, or a number that is to be saved, is not finite.
         """
         done, config = iteration + 1, self.config
         # The vote is taken on the host: it does not wait for the device.
         vote = torch.tensor(int(self.signal))
         if self.world > 1:
-            dist.all_reduce(vote, dist.ReduceOp.MAX)
+            self._reduce(vote, dist.ReduceOp.MAX)
         self.signal = int(vote)
+        shows = draw is not None and done % config.sample_every == 0
         saves = done % config.save_every == 0 or done == config.iterations or self.signal > 0
-        self._log(done, losses, flush=saves or done % config.log_every == 0)
-        if saves:
-            self.save(done)
-        return self.signal > 0
-
-    def _log(self, done, losses, flush):
         # Between log lines nothing is read from the device. A loss is averaged over the iterations with it.
         self.window.append((done, {name: value.detach() for name, value in losses.items()}))
         self.bar.update()
-        if not flush:
-            return
+        if shows or saves or done % config.log_every == 0:
+            means = self.check_losses()
+            if shows or saves:
+                self._check_parts(done)
+            self._log(done, means)
+        if shows and self.shows:
+            save_grid(draw(), self.out / "samples" / f"{done:07d}.png")
+        if saves:
+            self.save(done)
+        if shows or saves:
+            self.wait()
+        return self.signal > 0
+
+    def check_losses(self):
+        """The means of the scalars since the last log line, by name.
+
+        Raises UserError with the first iteration, and the name of the scalar, that was not finite.
+        """
         names = list(dict.fromkeys(name for _, values in self.window for name in values))
         means, first_bad = [], []
         for name in names:
@@ -273,30 +365,39 @@ class Run:
             values = torch.stack([v for _, v in found]).float()
             means.append(values.mean())
             first_bad.append(torch.where(values.isfinite(), torch.inf, iterations.float()).min())
+        if not names:
+            return {}
         means, first_bad = torch.stack(means), torch.stack(first_bad)
         if self.world > 1:
-            dist.all_reduce(means)
-            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
+            self._reduce(means)
+            self._reduce(first_bad, dist.ReduceOp.MIN)
         first_bad = first_bad.tolist()
         if min(first_bad) < torch.inf:
-            self.bar.close()
             name = names[first_bad.index(min(first_bad))]
-            last = latest_checkpoint(self.checkpoints)
-            kept = "no checkpoint had been written yet"
-            if last:
-                kept = f"the checkpoint of iteration {int(last.name)} is kept"
-            raise UserError(f"iteration {int(min(first_bad))}: {name} is not finite, stopped; {kept}; "
-                            "lower --lr, or use --precision fp32")
+            self._stop(f"iteration {int(min(first_bad))}: {name} is not finite")
+        return {name: value / self.world for name, value in zip(names, means.tolist())}
+
+    def _check_parts(self, done):
+        state = {key: part_here(value) for key, value in flat_state(self.parts).items()}
+        finite = torch.stack([value.isfinite().all().int().to(self.device) for value in state.values()])
+        if self.world > 1:
+            self._reduce(finite, dist.ReduceOp.MIN)
+        if not finite.all():
+            self._stop(f"iteration {done}: {list(state)[finite.tolist().index(0)]} is not finite")
+
+    def _stop(self, reason):
+        self.bar.close()
+        raise UserError(f"{reason}, stopped; {self._kept()}; lower --lr, or use --precision fp32")
+
+    def _log(self, done, means):
         now, count = time.perf_counter(), done - self.window_iteration
-        row = {k: v / self.world for k, v in zip(names, means.tolist())}
-        self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in row.items()), refresh=False)
-        row |= dict(images_per_second=count * self.config.batch_size / (now - self.window_start),
-                    peak_memory_gb=self._peak_memory_gb())
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in means.items()), refresh=False)
+        row = means | dict(images_per_second=count * self.config.batch_size / (now - self.window_start),
+                           peak_memory_gb=self._peak_memory_gb())
         row = dict(iteration=done, **{k: float(f"{v:.6g}") for k, v in row.items()},
                    skipped_pictures=len(self.skipped))
         if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.out / "metrics.jsonl", json.dumps(row))
         self.window, self.window_start, self.window_iteration = [], now, done
 
     def _peak_memory_gb(self):
@@ -306,12 +407,14 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def save(self, done):
-        """Writes the checkpoint after `done` iterations, in place of the one before."""
-        write_checkpoint(self.checkpoints, done, self.parts, self.config)
+        """Writes the checkpoint after `done` iterations; the one before it stays."""
+        write_checkpoint(self.checkpoints, done, self.parts, self.config, self.data)
 
     def end(self):
         """Closes the run; after a signal, says how to go on and exits with 128 + the signal's number."""
         self.bar.close()
+        if self.lock:
+            self.lock.close()
         self.parts = None  # an adaptation's optimiser must not live on through the training
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)

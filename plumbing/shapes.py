@@ -89,6 +89,11 @@ class Shapes(Dataset):
         background = torch.tensor(list(BACKGROUNDS.values()))[a["background"]][:, :, None, None]
         return ((background + mask * (colour - background)) * 255).round().to(torch.uint8)
 
+    @staticmethod
+    def state():
+        """Nothing, for a rule does not change."""
+        return []
+
     def __getitem__(self, index):
         return self.__getitems__([index])[0]
 

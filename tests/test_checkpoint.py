@@ -1,25 +1,28 @@
 """Checkpoints: every part comes back, on any number of processes; damage and other flags are named."""
 
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TINY, equal, fails, metrics, ranks, state, tiny_config
+from helpers import ROOT, TINY, equal, fails, finish, metrics, ranks, start, state, tiny_config
 
 import plumbing.checkpoint
 import yoso
 from common import EMA, UserError, Weights
 from plumbing.checkpoint import (
     checkpoint_note,
+    checkpoints,
     latest_checkpoint,
     load_parts,
     read_checkpoint,
+    sound_checkpoint,
     write_checkpoint,
 )
 from plumbing.run import Run
 
-FLAGS = [*TINY, "--iterations", "4"]
+FLAGS = [*TINY, "--save-every", "2", "--iterations", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -80,22 +83,28 @@ def test_every_part_comes_back_and_goes_on_the_same(tmp_path):
 
 # Folders
 
+def names(folder):
+    """What lies in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
-    """A half-written one is not seen and swept away; only the last is kept; a full disk keeps the one before;
-    nothing is unpickled.
+    """A half-written one is not seen and swept away; the last two are kept; a full disk keeps both; nothing
+    is unpickled.
     """
     folder = tmp_path / "checkpoint"
     yoso.train(tiny_config(tmp_path, iterations=1))
-    assert [path.name for path in folder.iterdir()] == ["00000001"]
+    assert names(folder) == ["00000001"]
     (folder / "new").mkdir()
     (folder / "new" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-    (folder / "00000002").mkdir()  # without its note: a kill between the files
     for function in ("pickle.load", "pickle.loads", "torch.load"):
         monkeypatch.setattr(function, None)
     run = Run(tiny_config(tmp_path, iterations=1))
     part = torch.nn.Linear(2, 2)
     run.parts = dict(part=part)
     assert run.start == 1
+    run.save(3)
+    assert names(folder) == ["00000001", "00000003"]
 
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
@@ -103,29 +112,126 @@ def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
         patched.setattr(plumbing.checkpoint.dcp, "save", full)
         with pytest.raises(UserError, match="iteration 6 cannot be saved.*No space left"):
             run.save(6)
-    assert latest_checkpoint(folder).name == "00000001"
+    assert names(folder) == ["00000001", "00000003"]
     run.save(6)
-    assert [path.name for path in folder.iterdir()] == ["00000006"]
+    assert names(folder) == ["00000003", "00000006"]
     assert torch.equal(read_checkpoint(folder)["state"]["part"]["weight"], part.weight)
 
 
-def test_a_damaged_checkpoint_is_named(copy, monkeypatch, capsys):
-    path = latest_checkpoint(copy / "checkpoint")
-    file, note = next(path.glob("*.safetensors")), path / "checkpoint.json"
-    whole, text = file.read_bytes(), note.read_text()
-    refused = lambda: fails(monkeypatch, capsys, yoso, *FLAGS, "--out", copy)
-    file.write_bytes(whole[:-1000])
-    assert "has not the size it was written with" in refused()
-    file.write_bytes(b"x" * len(whole))
-    assert f"{path}: damaged" in refused()
-    file.unlink()
-    assert f"{path}: damaged" in refused()
-    file.write_bytes(whole)
-    for damaged in (text[:-9], "[]", '{"config": 1, "files": {}}'):
-        note.write_text(damaged)
-        assert f"{path}: damaged" in refused()
-    note.write_text(text)
-    assert checkpoint_note(path)["config"]["channels"] == (8, 16)
+def test_only_what_the_run_made_is_removed(tmp_path):
+    """Old checkpoints, also where a kill came before their removal, at the next start; nothing else."""
+    folder, part = tmp_path / "checkpoint", dict(part=torch.nn.Linear(2, 2))
+    config = tiny_config(tmp_path, iterations=8)
+    others = ["00000020-backup", "00000007", "keep_me", "123"]
+    for name in others:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "notes.txt").write_text("mine")
+    for done in (4, 5, 6):
+        write_checkpoint(folder, done, part, config)
+    shutil.copytree(folder / "00000005", folder / "00000004")  # as if killed before its removal
+    shutil.copytree(folder / "00000005", folder / "old")
+    shutil.copytree(folder / "00000006", folder / "00000009")  # from before the run went back
+    shutil.rmtree(folder / "00000007")
+    run = Run(replace(config, batch_size=8))
+    assert run.start == 9
+    run.start = 6
+    run.source = None
+    run.begin(part)
+    run.end()
+    assert names(folder) == sorted(["00000005", "00000006", *set(others) - {"00000007"}])
+    assert (folder / "keep_me" / "notes.txt").read_text() == "mine"
+
+
+DAMAGES = {
+    "a flipped bit": lambda file, note: flip(file, 1000),
+    "a flipped bit in the header": lambda file, note: flip(file, 20),
+    "a zeroed page": lambda file, note: zero(file, 4096, 4096),
+    "cut short": lambda file, note: file.write_bytes(file.read_bytes()[:-1000]),
+    "emptied": lambda file, note: file.write_bytes(b""),
+    "other bytes": lambda file, note: file.write_bytes(b"x" * file.stat().st_size),
+    "deleted": lambda file, note: file.unlink(),
+    "of the other checkpoint": lambda file, note: shutil.copyfile(other(file), file),
+    "the note cut short": lambda file, note: note.write_text(note.read_text()[:-9]),
+    "the note a list": lambda file, note: note.write_text("[]"),
+    "the note without a config": lambda file, note: note.write_text('{"config": 1, "files": {}}'),
+    "the note deep": lambda file, note: note.write_text("[" * 10**5),
+    "the note deleted": lambda file, note: note.unlink(),
+    "all deleted": lambda file, note: (file.unlink(), note.unlink()),
+}
+
+
+def flip(file, place):
+    """Turns over one bit."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def zero(file, first, number):
+    """Fills a part with zeros, as a lost page."""
+    data = bytearray(file.read_bytes())
+    data[first:first + number] = bytes(number)
+    file.write_bytes(data)
+
+
+def other(file):
+    """The same file of the run's other checkpoint."""
+    return next(path for path in file.parent.parent.glob(f"*/{file.name}") if path != file)
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, copy, damage, capsys):
+    """The run ends as it did; where the one before is damaged too, it is refused, and nothing changes."""
+    last, before = checkpoints(copy / "checkpoint")
+    spoil = lambda path: DAMAGES[damage](next(path.glob("*.safetensors")), path / "checkpoint.json")
+    spoil(last)
+    yoso.main([*FLAGS, "--out", str(copy)])
+    error = capsys.readouterr().err
+    assert f"{last}: damaged" in error and "going back to the checkpoint before it" in error
+    assert equal(state(copy), state(finished)) and sound_checkpoint(copy / "checkpoint")[0] == last
+    for path in (last, before):
+        if damage != "of the other checkpoint":
+            spoil(path)
+    if damage == "of the other checkpoint":
+        shutil.rmtree(before)
+        flip(next(last.glob("*.safetensors")), 1000)
+    kept = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="all its checkpoints are damaged; delete it to start this run anew"):
+        yoso.main([*FLAGS, "--out", str(copy)])
+    assert kept == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+def test_the_note_comes_back(finished):
+    assert checkpoint_note(latest_checkpoint(finished / "checkpoint"))["config"]["channels"] == (8, 16)
+
+
+def test_processes_check_a_checkpoint_together(copy):
+    """The file that is damaged is in the second one's share; both go back."""
+    ranks(2, yoso.main, [*FLAGS, "--out", str(copy / "two")])
+    last, before = checkpoints(copy / "two" / "checkpoint")
+    flip(sorted(last.glob("*.safetensors"))[-1], 2000)
+    ranks(2, expect_start, copy / "two", int(before.name))
+
+
+def expect_start(out, start):
+    """What each process of the test above does."""
+    assert Run(tiny_config(out)).start == start
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """The second is refused by name; a kill gives the folder free."""
+    flags = [*TINY, "--iterations", "100000", "--out", tmp_path / "run"]
+    first = start(ROOT / "yoso.py", *flags)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.exists() and first.poll() is None:
+        time.sleep(0.1)
+    _, error = finish(start(ROOT / "yoso.py", *flags), 2)
+    assert "another process is at work in it" in error and error.count("\n") == 1
+    first.kill()
+    first.communicate()
+    run = Run(tiny_config(tmp_path / "run", iterations=100_000, save_every=2))
+    run.make_folder()
+    assert run.start > 0 and not run.lock.closed
 
 
 # Which run goes on from which

@@ -139,13 +139,12 @@ def test_gradients_are_exchanged_in_pieces(monkeypatch):
     pieces = []
     exchange = lambda flat: (pieces.append(len(flat)), flat.mul_(4))
     monkeypatch.setattr(plumbing.run, "EXCHANGED_AT_ONCE", 10)
-    monkeypatch.setattr(plumbing.run.dist, "all_reduce", exchange)
     sizes = (2, 3), (5,), (0,), (4, 7), (3,), (9,)
     *parameters, without = [torch.zeros(size, requires_grad=True) for size in sizes]
     for i, p in enumerate(parameters):
         p.grad = torch.arange(p.numel()).view(p.shape) + 100.0 * i
     own = [p.grad.clone() for p in parameters]
-    Run.average_gradients(SimpleNamespace(world=2), [*parameters, without])
+    Run.average_gradients(SimpleNamespace(world=2, _reduce=exchange), [*parameters, without])
     for p, gradient in zip(parameters, own):
         assert torch.equal(p.grad, 2 * gradient)
     assert without.grad is None and sum(pieces) == 42 and len(pieces) > 2 and max(pieces) <= 10 + 28
@@ -212,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_in_another_process_stops_this_one(tmp_path, monkeypatch):
     """Both name the first such iteration of all."""
-    def exchange(tensor, op=None):  # with one whose loss was nan in iteration 2
+    def exchange(tensor, op=None, group=None):  # with one whose loss was nan in iteration 2
         if op is plumbing.run.dist.ReduceOp.MIN:
             tensor.clamp_(max=2.0)
 
