@@ -11,6 +11,7 @@ scorers.
 import copy
 import json
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -183,9 +184,11 @@ def ddim_sample(denoiser, x_T, steps, cond=None, null=None, guidance_scale=1.0):
     """Deterministic DDIM from x_T [B, C, H, W] to x0 in `steps` steps.
 
     They are spaced like diffusers' "trailing" and end at alpha = 1. One step is the one-step prediction at
-    the last timestep.
+    the last timestep. Raises UserError if there are fewer timesteps than steps.
     """
     schedule, T = denoiser.schedule, len(denoiser.schedule)
+    if not 1 <= steps <= T:
+        raise UserError(f"DDIM of {steps} steps: the model has {T} timesteps")
     timesteps = [round(T - i * T / steps) - 1 for i in range(steps)]
     x_t = x_T
     for i, timestep in enumerate(timesteps):
@@ -260,9 +263,15 @@ class InformativePrior:
 
     @classmethod
     def read(cls, folder, device="cpu"):
-        """The prior that save() wrote into the folder, or None if there is none."""
+        """The prior that save() wrote into the folder, or None if there is none.
+
+        Raises UserError if it is damaged.
+        """
         path = Path(folder) / cls.FILE
-        return cls(**load_file(path, str(device))) if path.is_file() else None
+        try:
+            return cls(**load_file(path, str(device))) if path.is_file() else None
+        except (OSError, TypeError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)})")
 
 
 def chunk_for(codec):
@@ -411,12 +420,15 @@ def part_of(value, rows):
 def class_labels(prompts, classes):
     """The index of the class whose name stands in each prompt (the longest, if several do), int64 [B].
 
-    Raises UserError on a prompt that names none.
+    Words and marks are compared one by one, in lower case. Raises UserError on a prompt that names none.
     """
-    labels = []
+    # Marks count, for they may be all that tells two names apart, and some scripts write vowels as marks.
+    word = re.compile(r"\w+|[^\w\s]")
+    spaced = lambda text: f" {' '.join(word.findall(text.lower()))} "
+    names, labels = {name: spaced(name) for name in classes}, []
     for prompt in prompts:
-        words = f" {prompt.lower()} "
-        found = [name for name in classes if f" {name.lower()} " in words]
+        words = spaced(prompt)
+        found = [name for name in classes if names[name] in words]
         if not found:
             raise UserError(f"prompt {prompt!r}: names no class of the model; its classes are "
                             f"{', '.join(classes)}")
@@ -448,12 +460,20 @@ def load(path_or_id, device="cpu", lora=""):
     """
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
-    name = pipeline_class(path_or_id)
+    name, encoders = pipeline_class(path_or_id)
     # The safety checker is a network of its own, of no use for training.
     no_checker = dict(safety_checker=None, requires_safety_checker=False)
+    classes = Path(path_or_id) / "classes.json"
     try:
+        # transformers fills what is missing with random numbers, diffusers with none; neither fails.
+        parts = {part: complete(getattr(transformers, encoder), path_or_id, subfolder=part)
+                 for part, encoder in encoders.items()}
         pipe = getattr(diffusers, name).from_pretrained(
-            path_or_id, dtype=torch.float32, **(no_checker if name == "StableDiffusionPipeline" else {}))
+            path_or_id, dtype=torch.float32, **parts,
+            **(no_checker if name == "StableDiffusionPipeline" else {}))
+        for part, module in pipe.components.items():
+            check_weights(part, module)
+        names = [str(name) for name in json.loads(classes.read_text())] if classes.is_file() else None
     except LOAD_ERRORS as error:
         raise cannot_load(path_or_id, error)
     for library in (diffusers.utils.logging, transformers.utils.logging):
@@ -468,13 +488,30 @@ def load(path_or_id, device="cpu", lora=""):
             part.to(device).eval().requires_grad_(False)
     net = getattr(pipe, "transformer", None) or pipe.unet
     schedule = NoiseSchedule.from_config(pipe.scheduler.config).to(device)
-    classes = Path(path_or_id) / "classes.json"
     return (Denoiser(net, schedule, pipe.scheduler.config.get("prediction_type", "epsilon")),
-            Codec(pipe, json.loads(classes.read_text()) if classes.is_file() else None))
+            Codec(pipe, names))
+
+
+def complete(model_class, path_or_id, **where):
+    """A transformers model of float32, pretrained. Raises ValueError if weights are missing."""
+    model, report = model_class.from_pretrained(path_or_id, dtype=torch.float32, output_loading_info=True,
+                                                **where)
+    if report["missing_keys"]:  # they would be random
+        raise ValueError(f"{where.get('subfolder', 'the model')} lacks the weights "
+                         f"{' '.join(sorted(report['missing_keys']))}")
+    return model
+
+
+def check_weights(name, module):
+    """Raises ValueError if weights of a diffusers network are missing."""
+    parameters = module.named_parameters() if isinstance(module, torch.nn.Module) else ()
+    missing = [key for key, p in parameters if p.is_meta]
+    if missing:
+        raise ValueError(f"{name} lacks the weights {' '.join(missing)}")
 
 
 def pipeline_class(path_or_id):
-    """The name of a pipeline's class, from its model_index.json.
+    """The name of a pipeline's class and those of its text encoders, by part, from its model_index.json.
 
     Raises UserError on a pipeline that `load` cannot load.
     """
@@ -496,7 +533,7 @@ def pipeline_class(path_or_id):
     missing = [part for part in parts if not (Path(path_or_id) / part).is_dir()]
     if local and missing and name not in PIXELS:  # google/ddpm-cifar10-32 has no folders
         raise UserError(f"{path_or_id}: a part is missing, the folder {missing[0]}/")
-    return name
+    return name, {part: index[part][1] for part in parts if part.startswith("text_encoder")}
 
 
 def cannot_load(path_or_id, error):
@@ -531,6 +568,11 @@ class Codec:
                                          or net.config.num_class_embeds > len(self.classes))
         self.device = next(net.parameters()).device
         self.cache = None  # see cache_conditions
+        # A tokenizer that has been used would be exported with its last padding and truncation.
+        folders = {name: Path(part.name_or_path) for name, part in pipe.components.items()
+                   if name.startswith("tokenizer") and part.name_or_path}
+        self.tokenizer_files = {f"{name}/{file.name}": file.read_bytes() for name, folder in folders.items()
+                                if folder.is_dir() for file in folder.iterdir() if file.is_file()}
 
     @torch.no_grad()
     def cond(self, prompts):
@@ -621,8 +663,9 @@ def load_decoder(path_or_id, codec):
     if path_or_id == "tiny":
         path_or_id = f"madebyollin/{'taesdxl' if codec.name == 'StableDiffusionXLPipeline' else 'taesd'}"
     try:
-        tiny = diffusers.AutoencoderTiny.from_pretrained(path_or_id).to(codec.device)
-        tiny.eval().requires_grad_(False)
+        tiny = diffusers.AutoencoderTiny.from_pretrained(path_or_id)
+        check_weights("the decoder", tiny)
+        tiny.to(codec.device).eval().requires_grad_(False)
         with torch.no_grad():  # other latents fail here, not after the warm-ups
             tiny.decode(torch.zeros(1, *codec.shape, device=codec.device))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
@@ -809,9 +852,7 @@ def load_scorer(name, device="cpu"):
 
 
 def _transformers_scorer(model_id, processor_id, device):
-    model, report = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
-    if report["missing_keys"]:  # they would be random
-        raise ValueError(f"weights are missing, among them {sorted(report['missing_keys'])[0]}")
+    model = complete(CLIPModel, model_id)
     model.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(processor_id)
     processor = AutoImageProcessor.from_pretrained(processor_id)

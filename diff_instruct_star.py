@@ -38,14 +38,11 @@ for an exact assistant: it is no measure of progress; the reward and the probe a
       --num 16
 """
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, check_targets, chunks_of, draw_many_steps,
                     draw_samples, enable_checkpointing, frozen, load, load_decoder, load_scorer, one_step)
@@ -53,7 +50,7 @@ from plumbing.cache import cache_conditions
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
 from plumbing.data import prompts_of, save_grid
-from plumbing.files import agreed
+from plumbing.files import agreed, check_folder, note_of, open_tensors, write_tensors, writing
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import shard
 from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_student, load_teacher,
@@ -66,23 +63,25 @@ from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_student
 class Config(RunFlags):
     """Each field is a flag, and its text the --help."""
     out: str = flag("runs/diff_instruct_star", "the run's folder; the same command again resumes the run",
-                    "run")
+                    "run", needed=True)
 
     preset: str = flag("sdxl", "defaults of the other flags; not given: shapes for the mini model, "
                        "cifar10 for --dataset cifar10, else sdxl", "data")
     model: str = flag("assets/mini-sd", "the reference diffusion: a diffusers pipeline, directory or hub id; "
-                      "paper: SDXL base", "data")
+                      "paper: SDXL base", "data", needed=True)
     student: str = flag("", "one-step model to start from, a pipeline or a file of weights; "
                         "empty: SwiftBrush's run, else the teacher", "data")
     student_timestep: int = flag(0, "the timestep that conditions the student, 0: the last; "
                                  "paper: 399, as DMD2 was trained", "data", least=0)
     lora: str = flag("", "LoRA weights merged into the student's start", "data")
     prompts: str = flag("", "file of prompts; empty: the captions of --dataset", "data")
-    dataset: str = flag("shapes", "shapes, cifar10 or a folder: its captions are the prompts", "data")
+    dataset: str = flag("shapes", "shapes, cifar10 or a folder: its captions are the prompts", "data",
+                        needed=True)
 
     iterations: int = flag(10_000, "iterations with the reward, after the warm-ups; "
                            "the paper gives no number", least=1)
-    batch_size: int = flag(64, "global batch, over all processes; the paper gives none", least=1)
+    batch_size: int = flag(64, "global batch, over all processes; the paper gives none", least=1,
+                           most=100_000)
     lr: float = flag(5e-7, "Adam learning rate of the student; as DMD2 for SDXL, the paper gives none",
                      above=0)
     lr_assistant: float = flag(5e-7, "Adam learning rate of the assistant; as DMD2 for SDXL", above=0)
@@ -121,7 +120,7 @@ class Config(RunFlags):
     warmup: int = flag(1000, "after that, iterations without reward; 0 if the student starts from a one-step "
                        "model, of --student or of SwiftBrush v2's run", least=0)
     lora_targets: tuple = flag(LORA_TARGETS, "layers of a LoRA assistant, by the ends of their names")
-    rank: int = flag(64, "of a LoRA assistant; SwiftBrush v2's", least=1)
+    rank: int = flag(64, "of a LoRA assistant; SwiftBrush v2's", least=1, most=10_000)
     alpha: int = flag(128, "of a LoRA assistant; SwiftBrush v2's", least=1)
 
     prediction: str = flag("", "prediction type of the student: empty: that of its start; "
@@ -147,6 +146,7 @@ PRESETS = {
         alpha_rew=0.0, alpha_cfg=0.0, reward="", probe="", decoder="", warmup=0, prediction="v_prediction",
         convert_clamp=1.0, convert_lr=1e-4, teacher_guidance=1.0),
 }
+BEFORE = "before.safetensors"  # the student before the reward acts, in OUT
 SWIFTBRUSH = "runs/swiftbrush_v2/pipeline"  # where swiftbrush_v2.py leaves its merged student
 
 
@@ -408,9 +408,9 @@ def remember_before(run, path, models, prompts):
     """The student's pictures and rewards before the reward acts, in a file for `compare`."""
     shown = [prompts[i % len(prompts)] for i in range(0, 8 * 7, 7)]
     rewards = measure_rewards(models, prompts) if models.scorers else {}
-    pictures = draw_samples(models.student, models.codec, shown, 0).contiguous()
+    pictures = draw_samples(models.student, models.codec, shown, 0)
     if run.rank == 0:
-        save_file(dict(pictures=pictures), path, metadata=dict(rewards=json.dumps(rewards)))
+        write_tensors(path, dict(pictures=pictures), run.origin, rewards=rewards)
 
 
 def compare(run, config, models, prompts):
@@ -424,8 +424,8 @@ def compare(run, config, models, prompts):
     rewards = measure_rewards(models, prompts) if models.scorers else {}
     if run.rank > 0:
         return
-    with safe_open(run.out / "before.safetensors", "pt") as file:
-        before, rewards_before = file.get_tensor("pictures"), json.loads(file.metadata()["rewards"])
+    file = open_tensors(run.out / BEFORE, run.origin)
+    before, rewards_before = torch.from_numpy(file.get_tensor("pictures")), note_of(file)["rewards"]
     save_grid(torch.cat([many_steps, before, after]), run.out / "comparison.png", len(shown))
     for name, value in rewards.items():
         print(f"{name} ({getattr(config, name)}, 512 one-step pictures): {rewards_before[name]:.4f} before, "
@@ -486,16 +486,19 @@ def train(config):
             conversion = replace(config, out=f"{config.out}/start", resume="", iterations=iterations)
             loaded.start = convert(Run(conversion, CONVERTED_BY), codec, start, config.prediction, prompts)
     models = build(config, run, loaded)
-    rewarded, before = config.assistant_warmup + config.warmup, run.out / "before.safetensors"
-    earlier = Path(config.resume, before.name)
-    if run.start > rewarded and not before.exists() and not earlier.exists():
-        raise UserError(f"{before}: missing, it was written at iteration {rewarded}; "
-                        "copy it here, or choose another --out")
+    rewarded, before = config.assistant_warmup + config.warmup, run.out / BEFORE
+    earlier = next((path for path in (before, Path(config.resume, BEFORE)) if path.exists()), None)
+    if run.start > rewarded:  # `compare` needs what was written then, and cannot have it made anew
+        if not earlier:
+            raise UserError(f"{before}: missing, it was written at iteration {rewarded}; "
+                            "copy it here, or choose another --out")
+        open_tensors(earlier, run.origin)
     run.begin(dict(student=models.student.trainable(), assistant=models.assistant.trainable(),
                    ema=models.ema, optimizer=models.optimizer,
                    optimizer_assistant=models.optimizer_assistant))
-    if run.start > rewarded and not before.exists() and run.rank == 0:
-        shutil.copyfile(earlier, before)  # of the run whose checkpoint is continued; compare needs it
+    if run.start > rewarded and earlier != before and run.rank == 0:
+        with writing(before):
+            shutil.copyfile(earlier, before)  # of the run whose checkpoint is continued
     shown = [prompts[i % len(prompts)] for i in range(0, 64 * 7, 7)]
 
     def samples():
@@ -504,9 +507,12 @@ def train(config):
             return draw_samples(models.student, codec, shown, 0)
 
     for iteration, y in enumerate(run.prompts(prompts), run.start):
-        if iteration == rewarded and run.shows:
-            with models.ema.applied():
-                remember_before(run, before, models, prompts)
+        if iteration == rewarded:
+            run.check_finite(iteration)
+            if run.shows:
+                with models.ema.applied():
+                    remember_before(run, before, models, prompts)
+            run.wait()
         losses = train_step(iteration, y, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break
@@ -526,6 +532,7 @@ def sample_command(argv):
     pipeline = Path(args.run) / "pipeline"
     if not pipeline.exists():
         raise UserError(f"--run {args.run}: no finished student in it; see its samples/ while it runs")
+    check_folder(pipeline)
     student, codec = load(pipeline, choose_device(args.device))
     prompts = args.prompts or prompts_of(read_config(Config, Path(args.run) / "config.json"), codec)
     prompts = [prompts[i % len(prompts)] for i in range(args.num)]

@@ -42,14 +42,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (EMA, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError, check_targets,
-                    chunk_for, ddim_sample, draw_many_steps, draw_samples, enable_checkpointing, load,
-                    load_decoder, load_distance, load_scorer, map_cond, one_step, remove_lora)
+from common import (EMA, LOAD_ERRORS, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError,
+                    check_targets, check_weights, chunk_for, ddim_sample, draw_many_steps, draw_samples,
+                    enable_checkpointing, load, load_decoder, load_distance, load_scorer, map_cond, one_line,
+                    one_step, remove_lora)
 from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
 from plumbing.data import load_dataset, prompts_of, sample_order, save_grid, to_floats
+from plumbing.files import check_folder, digest
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import class_of, shard
 from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_step, export_student, fold_lora,
@@ -61,23 +63,25 @@ from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_ste
 @dataclass
 class Config(RunFlags):
     """Each field is a flag, and its text the --help."""
-    out: str = flag("runs/swiftbrush_v2", "the run's folder; the same command again resumes the run", "run")
+    out: str = flag("runs/swiftbrush_v2", "the run's folder; the same command again resumes the run", "run",
+                    needed=True)
 
     preset: str = flag("sd21", "defaults of the other flags; not given: shapes for the mini model, "
                        "cifar10 for --dataset cifar10, else sd21", "data")
-    model: str = flag("assets/mini-sd", "the teacher: a diffusers pipeline, directory or hub id", "data")
+    model: str = flag("assets/mini-sd", "the teacher: a diffusers pipeline, directory or hub id", "data",
+                      needed=True)
     student: str = flag("", "one-step model from which the students start; empty: the teacher's weights; "
                         "paper: stabilityai/sd-turbo", "data")
     lora: str = flag("", "LoRA weights merged into the students' start", "data")
     prompts: str = flag("", "file of prompts; empty: the captions of --dataset", "data")
     dataset: str = flag("shapes", "shapes, cifar10 or a folder: its captions are the prompts, "
-                        "its pictures those of --regularise inversion", "data")
+                        "its pictures those of --regularise inversion", "data", needed=True)
 
     stage: str = flag("all", "a (full student), b (LoRA student), merge, or all in that order",
                       choices=("a", "b", "merge", "all"))
     iterations: int = flag(65_000, "updates of student A and its LoRA teacher; SwiftBrush v1: 65k", least=1)
     iterations_b: int = flag(65_000, "updates of student B and its LoRA teacher", least=1)
-    batch_size: int = flag(64, "global batch, over all processes; paper: 64", least=1)
+    batch_size: int = flag(64, "global batch, over all processes; paper: 64", least=1, most=100_000)
     lr: float = flag(1e-6, "AdamW learning rate of student A; paper: 1e-6", above=0)
     lr_b: float = flag(1e-5, "AdamW learning rate of student B's LoRA; the paper names none for it", above=0)
     lr_lora_teacher: float = flag(1e-3, "AdamW learning rate of the LoRA teacher; paper: 1e-3", above=0)
@@ -97,9 +101,9 @@ class Config(RunFlags):
     t_max: int = flag(980, "highest; SwiftBrush v1: 980", least=0)
     lora_targets: tuple = flag(("to_q", "to_v"), "layers of the LoRA teacher, by the ends of their names; "
                                "SwiftBrush v1: to_q to_v")
-    rank: int = flag(64, "of the LoRA teacher; paper: 64", least=1)
+    rank: int = flag(64, "of the LoRA teacher; paper: 64", least=1, most=10_000)
     alpha: int = flag(128, "of the LoRA teacher; paper: 128", least=1)
-    rank_b: int = flag(256, "of student B; paper: 256", least=1)
+    rank_b: int = flag(256, "of student B; paper: 256", least=1, most=10_000)
     alpha_b: int = flag(512, "of student B; paper: 512", least=1)
 
     prediction: str = flag("", "prediction type of the students: empty: that of their start "
@@ -125,8 +129,8 @@ class Config(RunFlags):
     regularise: str = flag("", "image regularisation, by pairs (of the teacher's ODE) "
                            "or inversion (of real pictures); empty: none", choices=("", "pairs", "inversion"))
     regularise_num: int = flag(10_000, "such pairs, made before the training and kept in OUT/pairs",
-                               least=1)
-    regularise_steps: int = flag(25, "DDIM steps of a pair", least=1)
+                               least=1, most=10**7)
+    regularise_steps: int = flag(25, "DDIM steps of a pair", least=1, most=1000)
     teacher_guidance: float = flag(4.5, "of the teacher's many-step pictures, in pairs and in "
                                    "OUT/comparison.png; paper's Table 1: 4.5", least=0)
     regularise_every: int = flag(20, "iterations between batches of pairs; paper: 5 % of the data", least=1)
@@ -358,7 +362,7 @@ def train_step(iteration, prompts, config, run, models):
         guidance=guidance_of(config, draw),
         # For the LoRA teacher, which learns at all timesteps and also the empty condition.
         t_lora=fresh.randint(0, len(schedule)), eps_lora=fresh.randn(*codec.shape),
-        cond_lora=emptied(cond, null, fresh.rand() < config.null_share), **pairs)
+        cond_lora=emptied(cond, null, fresh.rand() < config.null_share) if codec.has_null else cond, **pairs)
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)  # 1.
@@ -474,6 +478,7 @@ def prepare_pairs(config, teacher, codec, prompts):
 
     names = ("model", "prompts", "dataset", "seed", "teacher_guidance", "regularise", "regularise_steps")
     made_by = {name: getattr(config, name) for name in names}
+    made_by["digest of the data"] = digest(dataset.state() if inverted else prompts)
     return cache_pairs(Path(config.out) / "pairs", config.regularise_num, chunk_for(codec), made_by, make)
 
 
@@ -546,15 +551,20 @@ def train(config):
 def finished_student(config, stage, teacher):
     """(dense weights on the CPU, prediction type, schedule) of a finished stage.
 
-    Raises UserError if the stage is not finished.
+    Raises UserError if the stage is not finished, or its pipeline damaged.
     """
     folder = Path(config.out) / stage / "pipeline"
     if not folder.exists():
         raise UserError(f"--stage {config.stage}: {folder} does not exist; run --stage {stage} first")
-    part = "transformer" if (folder / "transformer").exists() else "unet"
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    net = class_of(teacher.net).from_pretrained(folder / part)
-    return net.state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
+    check_folder(folder)
+    try:
+        part = "transformer" if (folder / "transformer").exists() else "unet"
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        net = class_of(teacher.net).from_pretrained(folder / part)
+        check_weights(part, net)
+        return net.state_dict(), scheduler["prediction_type"], NoiseSchedule.from_config(scheduler)
+    except LOAD_ERRORS as error:
+        raise UserError(f"{folder}: damaged ({one_line(error)}); delete it and run --stage {stage} again")
 
 
 def merge_students(config, teacher, codec, prompts, scorer):
@@ -606,6 +616,7 @@ def sample_command(argv):
     if not found:
         raise UserError(f"--run {run}: no finished student {args.which or ''} in it; "
                         "see its samples/ while it runs")
+    check_folder(folders[found[0]])
     student, codec = load(folders[found[0]], choose_device(args.device))
     prompts = args.prompts or prompts_of(read_config(Config, next(run.glob("[ab]/config.json"), run)), codec)
     if args.slerp:

@@ -66,7 +66,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMPipeline, LCMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -75,9 +74,11 @@ from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, Noi
                     squared_distance)
 from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
-from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
-                          run_command, sample_flags)
-from plumbing.data import generate_folder, load_dataset, prompts_of, sample_order, save_grid, to_floats
+from plumbing.cli import (Parser, RunFlags, bound_flags, check_flags, check_sample_flags, check_writable,
+                          flag, parse_config, read_config, run_command, sample_flags)
+from plumbing.data import (generate_folder, load_dataset, load_prompts, prompts_of, sample_order, save_grid,
+                           to_floats)
+from plumbing.files import check_folder, digest, open_tensors, write_folder, write_tensors
 from plumbing.run import Run, choose_device
 from plumbing.shard import shard, whole
 from plumbing.students import dense_copy, export_one_step, export_student, fold_lora
@@ -88,7 +89,8 @@ from plumbing.students import dense_copy, export_one_step, export_student, fold_
 @dataclass
 class Config(RunFlags):
     """Each field is a flag, and its text the --help."""
-    out: str = flag("runs/yoso", "the run's folder; the same command again resumes the run", "run")
+    out: str = flag("runs/yoso", "the run's folder; the same command again resumes the run", "run",
+                    needed=True)
 
     preset: str = flag("shapes", "defaults of the other flags; not given: the preset that fits "
                        "--model, --dataset, --rank and --adapt", "data")
@@ -97,10 +99,12 @@ class Config(RunFlags):
     discriminator: str = flag("", "pipeline whose UNet gives D and the features of the distance latent; "
                               "empty: --model; for PixArt: SD 1.5", "data")
     dataset: str = flag("shapes", "shapes (drawn by code), cifar10 (downloaded), folder of pictures", "data")
-    image_size: int = flag(32, "from scratch: pixels; pictures are resized, centre-cropped", "data", least=1)
+    image_size: int = flag(32, "from scratch: pixels; pictures are resized, centre-cropped", "data", least=1,
+                           most=4096)
     flip: bool = flag(True, "mirror the pictures at random, as DDGAN does", "data")
     prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset", "data")
-    generate: int = flag(0, "train on this many pictures of --generator, put into OUT/data", "data", least=0)
+    generate: int = flag(0, "train on this many pictures of --generator, put into OUT/data", "data", least=0,
+                         most=10**7)
     generator: str = flag("", "pipeline of few steps, directory or hub id; "
                           "YOSO-LoRA: stabilityai/sdxl-turbo", "data")
     generator_lora: str = flag("", "LoRA weights merged into --generator; "
@@ -109,7 +113,7 @@ class Config(RunFlags):
 
     iterations: int = flag(200_000, "updates of each network; paper: 200k, fine-tuning up to 30k, LoRA 5k",
                            least=1)
-    batch_size: int = flag(256, "global batch, over all processes; paper: 256", least=1)
+    batch_size: int = flag(256, "global batch, over all processes; paper: 256", least=1, most=100_000)
     lr: float = flag(2e-4, "learning rate of the generator; paper: 2e-4, fine-tuning 2e-5", above=0)
     lr_d: float = flag(2e-4, "learning rate of the discriminator; paper: 2e-4, fine-tuning 2e-5", above=0)
     lr_decay: float = flag(0.0, "share of the iterations, at the end, in which both rates fall "
@@ -119,14 +123,15 @@ class Config(RunFlags):
                             "D is not clipped; the authors' fine-tuning script: 1", above=0, infinite=True)
     ema: float = flag(0.9999, "decay of the generator's average, which draws the samples; "
                       "paper: 0.9999, LoRA 0.999", least=0, below=1)
-    rank: int = flag(0, "fine-tune a LoRA of this rank instead of all weights; paper: 64", least=0)
+    rank: int = flag(0, "fine-tune a LoRA of this rank instead of all weights; paper: 64", least=0,
+                     most=10_000)
     alpha: int = flag(8, "of the LoRA; the authors' script: 8, peft's default", least=1)
 
-    levels: int = flag(4, "from scratch: T, noise levels of DDGAN's schedule; paper: 4", least=1)
+    levels: int = flag(4, "from scratch: T, noise levels of DDGAN's schedule; paper: 4", least=1, most=1000)
     real_offset: int = flag(1, "k, by which the real side is less noisy, in thousandths of the schedule "
-                            "but at least one level; paper: one level, fine-tuning 250", least=1)
+                            "but at least one level; paper: one level, fine-tuning 250", least=1, most=1000)
     con_offset: int = flag(1, "m, likewise of the consistency target; paper: one level, fine-tuning 25",
-                           least=1)
+                           least=1, most=1000)
     adversary: str = flag("self", "real side of D: self (YOSO), data (D_adv(p_d || p_t)), "
                           "ufogen (noisy pictures)", choices=("self", "data", "ufogen"))
     rec_distance: str = flag("lpips", "d of the reconstruction term; latent: Eq. 5; paper: lpips, "
@@ -146,12 +151,13 @@ class Config(RunFlags):
     r1_every: int = flag(8, "iterations between R1 steps, which then weigh r1_every times as much", least=1)
 
     channels: tuple = flag((128, 288, 288, 288), "from scratch: of the generator, by resolution; "
-                           "with 288 it has 47.3 M parameters; paper: 48 M", least=4)
-    layers: int = flag(2, "residual blocks a resolution; NCSN++: 2", least=1)
+                           "with 288 it has 47.3 M parameters; paper: 48 M", least=4, most=10_000)
+    layers: int = flag(2, "residual blocks a resolution; NCSN++: 2", least=1, most=100)
     attention: bool = flag(True, "at the second resolution (16 x 16 of 32) and in the middle, as NCSN++")
-    latent_z: int = flag(100, "from scratch: size of DDGAN's latent z, 0: none; DDGAN: 100", least=0)
+    latent_z: int = flag(100, "from scratch: size of DDGAN's latent z, 0: none; DDGAN: 100", least=0,
+                         most=10_000)
     channels_d: tuple = flag((128, 256, 512, 512), "from scratch: of the discriminator, by resolution; "
-                             "DDGAN: 128 256 512 512", least=1)
+                             "DDGAN: 128 256 512 512", least=1, most=10_000)
 
     adapt: bool = flag(False, "first adapt --model to v-prediction and zero terminal SNR")
     adapt_iterations: int = flag(500, "of each of the two stages; 0: the direct switch; "
@@ -159,7 +165,8 @@ class Config(RunFlags):
     adapt_lr: float = flag(2e-5, "learning rate of the adaptation, constant", above=0)
     adapt_clamp: float = flag(4.0, "the teacher's x0 is clamped to +- this: "
                               "at T it magnifies the error of an epsilon network", above=0)
-    prior_num: int = flag(1000, "pictures from which the informative prior is estimated", least=1)
+    prior_num: int = flag(1000, "pictures from which the informative prior is estimated", least=1,
+                          most=10**6)
     teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5", least=0)
 
 
@@ -486,6 +493,7 @@ def load_networks(config, run):
         shard(config, pipe.unet, discriminator)
         codec = Codec(pipe)
         return Denoiser(pipe.unet, schedule, "sample"), codec, discriminator, None, codec
+    check_folder(config.model)
     start, codec = load(config.model, run.device, config.lora)
     if codec.vae is None:
         raise UserError(f"--model {config.model}: works on pixels; give an SD, SDXL or PixArt pipeline")
@@ -726,6 +734,7 @@ def load_sampler(folder, device="cpu", prior=True):
         pipeline = Path(folder) / "pipeline"
         if not pipeline.exists():
             raise UserError(f"--run {folder}: not finished; see its samples/ while it runs")
+        check_folder(pipeline)
         start = InformativePrior.read(pipeline, device) if prior else None
         return Sampler(*load(pipeline, device), start), config
     saved = read_checkpoint(Path(folder) / "checkpoint")
@@ -786,21 +795,25 @@ def generated_data(config, device):
     folder = next((folder for folder in folders if folder.exists()), folders[0])
     names = ("generator", "generator_lora", "nfe", "prompts", "dataset", "seed")
     made_by = {name: getattr(config, name) for name in names}
+    if config.prompts:
+        made_by["digest of the prompts"] = digest(load_prompts(config.prompts))
     return generate_folder(folder, config.generate, made_by, load_artist)
 
 
 @torch.no_grad()
 def estimate_prior(run, config, codec, dataset):
     """The InformativePrior of the run's first pictures; kept in OUT for a resumed run."""
-    prior = InformativePrior.read(config.out, codec.device) if run.start else None
-    if prior:
-        return prior
+    path = Path(config.out) / InformativePrior.FILE
+    if run.start and path.exists():
+        file = open_tensors(path, run.origin)
+        return InformativePrior(*(torch.from_numpy(file.get_tensor(name)).to(codec.device)
+                                  for name in ("mean", "std")))
     latents, order = [], sample_order(dataset, config.seed, range(config.prior_num))
     for first in range(0, len(order), chunk := chunk_for(codec)):
         pictures = torch.stack([dataset[i]["image"] for i in order[first:first + chunk]])
         latents.append(codec.encode(to_floats(pictures.to(codec.device))).cpu())
     prior = InformativePrior.of(torch.cat(latents).to(codec.device))
-    prior.save(config.out)
+    write_tensors(path, dict(mean=prior.mean, std=prior.std), run.origin)
     return prior
 
 
@@ -814,8 +827,8 @@ def original_pictures(run, config, teacher, codec, captions):
         guidance = config.teacher_guidance
         pictures = [draw_many_steps(teacher, codec, captions, steps, guidance) for steps in (1, 25)]
         if run.rank == 0:
-            save_file(dict(pictures=torch.cat(pictures).contiguous()), path)
-    return load_file(path)["pictures"] if run.rank == 0 else None
+            write_tensors(path, dict(pictures=torch.cat(pictures)), run.origin)
+    return torch.from_numpy(open_tensors(path, run.origin).get_tensor("pictures")) if run.rank == 0 else None
 
 
 # The flags on which the adaptation depends.
@@ -894,10 +907,9 @@ def train(config):
     prior = original = None
     if config.model:
         dataset, captions = captioned_data(config, codec, codec_d, run.device)
-        if run.rank == 0:
-            run.make_folder()
-            if not config.adapt and not ends_in_noise(start):
-                prior = estimate_prior(run, config, codec, dataset)
+        run.make_folder()
+        if run.rank == 0 and not config.adapt and not ends_in_noise(start):
+            prior = estimate_prior(run, config, codec, dataset)
         if run.shows:
             original = original_pictures(run, config, start, codec, captions[:8])
         if config.adapt:
@@ -954,10 +966,9 @@ def export(config, run, sampler, ema, original, captions):
     if run.rank == 0:
         net = scratch_generator(config)
         net.load_state_dict(state)
-        if config.latent_z:
-            net.save_pretrained(folder / "unet")
-        else:
-            DDPMPipeline(net, scratch_scheduler(config.levels)).save_pretrained(folder)
+        pipe = DDPMPipeline(net, scratch_scheduler(config.levels))
+        only_unet = lambda path: net.save_pretrained(path / "unet")
+        write_folder(folder, only_unet if config.latent_z else pipe.save_pretrained)
         print(f"done: one-step samples in {run.out}/samples/final.png; more with: python yoso.py sample "
               f"--run {run.out}")
 
@@ -967,7 +978,7 @@ def export(config, run, sampler, ema, original, captions):
 def merge_command(argv):
     """`python yoso.py merge`: Eq. 7 on three pipelines of one architecture, written as a pipeline."""
     formula = "base + alpha (high - base) + beta (tuned - base), key by key."
-    parser = argparse.ArgumentParser(prog="yoso.py merge", description=formula, allow_abbrev=False)
+    parser = Parser(prog="yoso.py merge", description=formula)
     parser.add_argument("--base", required=True, help="the pretrained pipeline")
     parser.add_argument("--high", required=True, help="a fine-tune of --base, at a higher resolution or not")
     parser.add_argument("--tuned", required=True, help="YOSO's, trained from --base")
@@ -975,8 +986,10 @@ def merge_command(argv):
     parser.add_argument("--beta", type=float, default=1.0, help="factor on tuned - base; paper: 1")
     parser.add_argument("--out", required=True, help="folder of the merged pipeline; predicts like --tuned")
     args = parser.parse_args(argv)
+    check_flags(args, alpha={}, beta={})
     if Path(args.out).exists():
         raise UserError(f"--out {args.out}: exists already; choose a new folder")
+    check_writable(args.out, "--out", deep=True)
     (base, _), (high, codec), (tuned, _) = (load(path) for path in (args.base, args.high, args.tuned))
     states = [model.net.state_dict() for model in (base, high, tuned)]
     of_base, of_high, of_tuned = ({key: value.shape for key, value in state.items()} for state in states)

@@ -1,6 +1,5 @@
 """Latents and text conditions, encoded once into files."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,15 @@ from tqdm import tqdm
 
 from common import chunk_for
 from plumbing.data import to_floats
-from plumbing.files import check_tensors, claim_folder, digest, open_tensors, origin_of, write_tensors
+from plumbing.files import (
+    check_tensors,
+    claim_folder,
+    digest,
+    note_of,
+    open_tensors,
+    origin_of,
+    write_tensors,
+)
 
 CACHED = 500  # samples or prompts a file
 
@@ -37,7 +44,7 @@ class Latents(Dataset):
     def __getitem__(self, index):
         file = open_tensors(self.folder / f"latents-{index // CACHED:06d}.safetensors", self.origin)
         return dict(image=torch.from_numpy(file.get_slice("latents")[index % CACHED]).float(), skipped=[],
-                    caption=json.loads(file.metadata()["captions"])[index % CACHED])
+                    caption=note_of(file)["captions"][index % CACHED])
 
 
 @torch.no_grad()
@@ -64,7 +71,7 @@ def cache_latents(codec, dataset, folder, made_by):
             for path in {path for s in samples for path in s["skipped"]}:
                 tqdm.write(f"skipped, cannot be read as a picture: {path}", file=sys.stderr)
         latents = dict(latents=torch.cat(latents))
-        write_tensors(Path(folder) / name, latents, origin, captions=json.dumps(captions))
+        write_tensors(Path(folder) / name, latents, origin, captions=captions)
     check_tensors(Path(folder), names, origin)
     return Latents(folder, len(dataset), origin)
 
@@ -119,11 +126,11 @@ def cache_pairs(folder, num, chunk, made_by, make):
     for name in shared_out(missing, "pairs"):
         i = names.index(name)
         z, x0, prompts = make(i, chunks[i])
-        write_tensors(folder / name, dict(z=z, x0=x0), origin, prompts=json.dumps(prompts))
+        write_tensors(folder / name, dict(z=z, x0=x0), origin, prompts=prompts)
     check_tensors(folder, names, origin)
     files = [open_tensors(folder / name, origin) for name in names]
     z, x0 = (torch.cat([torch.from_numpy(file.get_tensor(key)) for file in files]) for key in ("z", "x0"))
-    return z, x0, [prompt for file in files for prompt in json.loads(file.metadata()["prompts"])]
+    return z, x0, [prompt for file in files for prompt in note_of(file)["prompts"]]
 
 
 def shared_out(names, title):

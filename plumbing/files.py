@@ -121,25 +121,26 @@ def origin_of(made_by):
     return digest([json.dumps(made_by, sort_keys=True, default=str)])
 
 
-def _checksum_of(arrays, metadata):
-    crc = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+def _checksum_of(arrays, note):
+    crc = zlib.crc32(json.dumps(note, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
-    return str(crc)
+    return crc
 
 
-def write_tensors(path, tensors, origin, **metadata):
+def write_tensors(path, tensors, origin, **note):
     """A safetensors file that gets its name when it is complete.
 
-    origin, as of origin_of, and a checksum go into its metadata, which are texts. Raises UserError if it
-    cannot be written.
+    Its metadata is the note, with the origin, as of origin_of, and a checksum. Raises UserError if it cannot
+    be written.
     """
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    metadata |= dict(origin=f"{origin} {path.name}")
-    metadata["checksum"] = _checksum_of({name: value.numpy() for name, value in tensors.items()}, metadata)
+    note |= dict(origin=f"{origin} {path.name}")
+    note["checksum"] = _checksum_of({name: value.numpy() for name, value in tensors.items()}, note)
     with writing(path, "choose an --out with room, on a disk that all machines share"):
-        save_file(tensors, beside(path), metadata=metadata)
+        # One text: safetensors would write several in any order.
+        save_file(tensors, beside(path), metadata=dict(note=json.dumps(note)))
         os.replace(beside(path), path)
 
 
@@ -151,17 +152,22 @@ def open_tensors(path, origin):
     """
     try:
         file = safe_open(path, "np")
-        metadata = dict(file.metadata() or {})
-        written = metadata.pop("checksum", "")
-        intact = written == _checksum_of({name: file.get_tensor(name) for name in file.keys()}, metadata)
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        note = note_of(file)
+        written, found = note.pop("checksum"), {name: file.get_tensor(name) for name in file.keys()}
+        intact = written == _checksum_of(found, note)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); delete it to have it made anew, "
                         "on a disk that all machines share")
     if not intact:
         raise UserError(f"{path}: damaged, it is not what was written; delete it to have it made anew")
-    if metadata["origin"] != f"{origin} {path.name}":
+    if note["origin"] != f"{origin} {path.name}":
         raise UserError(f"{path}: belongs to another run; delete it to have it made anew")
     return file
+
+
+def note_of(file):
+    """The note of an open file of tensors."""
+    return json.loads(file.metadata()["note"])
 
 
 def check_tensors(folder, names, origin):

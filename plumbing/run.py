@@ -33,7 +33,17 @@ from plumbing.checkpoint import (
 )
 from plumbing.cli import bound_flags
 from plumbing.data import permutation, sample_order, save_grid, to_floats
-from plumbing.files import agreed, append_line, digest, gathered, lock, silent_ranks, write_text, writing
+from plumbing.files import (
+    agreed,
+    append_line,
+    digest,
+    gathered,
+    lock,
+    origin_of,
+    silent_ranks,
+    write_text,
+    writing,
+)
 from plumbing.shard import part_here, whole
 
 EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float32
@@ -89,6 +99,9 @@ class Run:
         self.bound = bound_flags(type(config)) if bound is None else bound
         self.config, self.out = config, Path(config.out)
         self.checkpoints = self.out / "checkpoint"
+        # Of files that belong to this run, and to another that has the same flags.
+        flags = dataclasses.asdict(config).items()
+        self.origin = origin_of({name: value for name, value in flags if name in self.bound})
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.batch_size % self.world:
             raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by "
@@ -340,9 +353,7 @@ class Run:
         self.window.append((done, {name: value.detach() for name, value in losses.items()}))
         self.bar.update()
         if shows or saves or done % config.log_every == 0:
-            means = self.check_losses()
-            if shows or saves:
-                self._check_parts(done)
+            means = self.check_finite(done, shows or saves)
             self._log(done, means)
         if shows and self.shows:
             save_grid(draw(), self.out / "samples" / f"{done:07d}.png")
@@ -352,11 +363,18 @@ class Run:
             self.wait()
         return self.signal > 0
 
-    def check_losses(self):
-        """The means of the scalars since the last log line, by name.
+    def check_finite(self, done, parts=True):
+        """The means of the scalars since the last log line, by name; called before anything is written.
 
-        Raises UserError with the first iteration, and the name of the scalar, that was not finite.
+        Raises UserError with the first iteration and the name of the scalar, or of the number in the run's
+        parts, that was not finite. Every process must call this.
         """
+        means = self._check_losses()
+        if parts:
+            self._check_parts(done)
+        return means
+
+    def _check_losses(self):
         names = list(dict.fromkeys(name for _, values in self.window for name in values))
         means, first_bad = [], []
         for name in names:

@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import BETA_NAMES, Denoiser, UserError, enable_checkpointing, load, one_line, one_step
+from plumbing.files import check_folder, write_folder, write_text, writing
 from plumbing.shard import class_of, shard, whole
 
 
 def load_teacher(model, dataset, device):
     """--model as (Denoiser, Codec); with --dataset cifar10 a failure says how to train one."""
+    check_folder(model)
     try:
         return load(model, device)
     except UserError as error:
@@ -45,6 +47,7 @@ def starting_student(student, lora, model, teacher, codec):
                             "give --student a directory")
         net = _network_of(student, teacher.net, codec.device)
         return Denoiser(net, teacher.schedule, teacher.prediction_type)
+    check_folder(student or model)
     start, start_codec = load(student or model, codec.device, lora)
     if start_codec.shape != codec.shape:
         raise UserError(f"--student {student}: works on x0 of shape {start_codec.shape}, "
@@ -146,15 +149,6 @@ def export_student(run, codec, student, ema, **more):
         export_one_step(codec, net, student.prediction_type, path, len(student.schedule), **more)
 
 
-def write_folder(path, save):
-    """Calls save(folder) on a new folder, which becomes `path` when it is complete."""
-    path, temporary = Path(path), Path(path).with_name(Path(path).name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
-
-
 def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False, prior=None):
     """Writes the pipeline with `net` as its network, for diffusers alone: 1 (2, 4) steps, guidance_scale=1.
 
@@ -182,8 +176,13 @@ def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False,
 
     def save(folder):
         pipe.save_pretrained(folder)
+        for tokenizer in {Path(file).parent for file in codec.tokenizer_files}:
+            shutil.rmtree(folder / tokenizer)
+            (folder / tokenizer).mkdir()
+        for file, data in codec.tokenizer_files.items():
+            (folder / file).write_bytes(data)
         if codec.vae is None and codec.classes:
-            (folder / "classes.json").write_text(json.dumps(codec.classes))
+            write_text(folder / "classes.json", json.dumps(codec.classes))
         if prior:
             prior.save(folder)
 
@@ -210,6 +209,11 @@ def save_lora(codec, net, name, path):
     `load_lora_weights` of a diffusers pipeline reads the first; the second, kohya.safetensors, has the keys
     of kohya's scripts, which ComfyUI and AUTOMATIC1111 expect.
     """
+    with writing(path):
+        _save_lora(codec, net, name, path)
+
+
+def _save_lora(codec, net, name, path):
     state = get_peft_model_state_dict(net, adapter_name=name)
     if hasattr(codec.pipe, "save_lora_weights"):
         # Without the metadata a reader would take alpha = rank.

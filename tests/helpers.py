@@ -211,10 +211,10 @@ def stop_at(patched, name, iteration):
     """Lets the runs whose folder has this name behave as after a SIGTERM in that iteration, from 1."""
     finish_iteration = Run.finish_iteration
 
-    def stop(run, number, losses):
+    def stop(run, number, losses, draw=None):
         if (run.out.name, number + 1) == (name, iteration):
             run.signal = signal.SIGTERM
-        return finish_iteration(run, number, losses)
+        return finish_iteration(run, number, losses, draw)
 
     patched.setattr(Run, "finish_iteration", stop)
 

@@ -146,8 +146,8 @@ def convert(iteration, prompts, config, draws, m):
     z, cond, clamp = draws(iteration).randn(*m.shape), condition(m, prompts), config.convert_clamp
     target = m.start.one_step(z, cond).clamp(-clamp, clamp).detach()
     L_convert = ((m.student.one_step(z, cond) - target)**2).mean()
-    descend(L_convert, m.student.parameters, m.optimizer, config.clip_norm)
-    return dict(L_convert=L_convert)
+    norm = descend(L_convert, m.student.parameters, m.optimizer, config.clip_norm)
+    return dict(L_convert=L_convert, grad_student=norm)
 
 
 # YOSO
@@ -193,7 +193,7 @@ def yoso(iteration, pictures, captions, config, draws, m):
     if config.r1 and iteration % config.r1_every == 0:
         slope, = torch.autograd.grad(D_real.sum(), real, create_graph=True)
         penalty = config.r1 / 2 * config.r1_every * (slope**2).sum((1, 2, 3)).mean()
-    descend(L_D + penalty, list(D.parameters()), m.optimizer_d)
+    grad_D = descend(L_D + penalty, list(D.parameters()), m.optimizer_d)
 
     fake, zero = predict(t), torch.zeros_like(t)
     h = lambda x: m.features(x, zero, cond_d)
@@ -205,9 +205,10 @@ def yoso(iteration, pictures, captions, config, draws, m):
     L_rec = config.lambda_rec * (lambda_rec * d[config.rec_distance](fake, x0)).mean()
     L_con = config.lambda_con * (lambda_con * d[config.con_distance](fake, target)).mean()
     L_adv = softplus(-D(seen_by_D(fake), level, cond_d)).mean()
-    descend(L_rec + L_con + L_adv, G.parameters, m.optimizer_g, config.clip_norm)
+    grad_G = descend(L_rec + L_con + L_adv, G.parameters, m.optimizer_g, config.clip_norm)
     update_average(m, G.parameters, config.ema)
-    return dict(L_D=L_D, D_real=D_real.mean(), D_fake=D_fake.mean(), L_rec=L_rec, L_con=L_con, L_adv=L_adv)
+    return dict(L_D=L_D, D_real=D_real.mean(), D_fake=D_fake.mean(), L_rec=L_rec, L_con=L_con, L_adv=L_adv,
+                grad_D=grad_D, grad_G=grad_G)
 
 
 def zero_terminal_snr(alpha):
@@ -234,8 +235,8 @@ def yoso_adapt(iteration, pictures, captions, config, draws, m):
     x_phi = ((x_t - sigma_t * eps_phi) / alpha_t).clamp(-config.adapt_clamp, config.adapt_clamp)
     v = m.student.output(alpha_s * x0 + sigma_s * eps, t, cond)
     L_adapt = ((v - (alpha_s * eps_phi - sigma_s * x_phi))**2).mean()
-    descend(L_adapt, m.student.parameters, m.optimizer, config.clip_norm)
-    return dict(L_adapt=L_adapt)
+    norm = descend(L_adapt, m.student.parameters, m.optimizer, config.clip_norm)
+    return dict(L_adapt=L_adapt, grad_student=norm)
 
 
 # SwiftBrush v2
@@ -275,16 +276,16 @@ def swiftbrush(iteration, prompts, config, draws, m):
         f_pair = m.student.one_step(m.pairs_z[chosen], condition(m, [m.pairs_y[k] for k in chosen]))
         distance = squared(decode(m, f_pair), decode(m, m.pairs_x0[chosen]).detach())
         losses["L_pairs"] = config.regularise_weight * distance.mean()
-    descend(sum(losses.values()), m.student.parameters, m.optimizer, config.clip_norm)
+    norm = descend(sum(losses.values()), m.student.parameters, m.optimizer, config.clip_norm)
 
     draw = draws(3 * iteration + 1)
     t, eps, emptied = draw.randint(0, len(alpha)), draw.randn(*m.shape), draw.rand() < config.null_share
     texts = torch.where(emptied.view(-1, 1, 1), null["encoder_hidden_states"], cond["encoder_hidden_states"])
     x_t = (col(alpha[t]) * f + col(sigma[t]) * eps).detach()
     L_lora_teacher = ((m.lora_teacher.eps(x_t, t, dict(encoder_hidden_states=texts)) - eps)**2).mean()
-    descend(L_lora_teacher, m.lora_teacher.parameters, m.optimizer_lora, config.clip_norm)
+    norm_lora = descend(L_lora_teacher, m.lora_teacher.parameters, m.optimizer_lora, config.clip_norm)
     update_average(m, m.student.parameters, config.ema)
-    return losses | dict(L_lora_teacher=L_lora_teacher)
+    return losses | dict(L_lora_teacher=L_lora_teacher, grad_student=norm, grad_lora_teacher=norm_lora)
 
 
 # Diff-Instruct*
@@ -305,9 +306,10 @@ def diff_instruct(iteration, prompts, config, draws, m):
         z, t, eps = draw.randn(*m.shape), draw.randint(0, len(alpha)), draw.randn(*m.shape)
         x_t = col(alpha[t]) * m.student.one_step(z, cond).detach() + col(sigma[t]) * eps
         L_assistant = ((m.assistant.eps(x_t, t, cond) - eps)**2).mean()
-        descend(L_assistant, m.assistant.parameters, m.optimizer_assistant, config.clip_norm)
+        norm_assistant = descend(L_assistant, m.assistant.parameters, m.optimizer_assistant, config.clip_norm)
+    of_assistant = dict(L_assistant=L_assistant, grad_assistant=norm_assistant)
     if iteration < config.assistant_warmup:
-        return dict(L_assistant=L_assistant)
+        return of_assistant
 
     draw = draws((K + 1) * iteration)
     z, t, eps = draw.randn(*m.shape), draw.randint(config.t_min, config.t_max + 1), draw.randn(*m.shape)
@@ -337,9 +339,9 @@ def diff_instruct(iteration, prompts, config, draws, m):
             slope, = torch.autograd.grad(len(f) * loss, f, retain_graph=True)  # of one sample's loss
             scalars[f"grad_{name}"] = slope.flatten(1).norm(dim=1).mean()
     L = sum(losses.values()) - alpha_rew * reward.mean()
-    descend(L, m.student.parameters, m.optimizer, config.clip_norm)
+    norm = descend(L, m.student.parameters, m.optimizer, config.clip_norm)
     update_average(m, m.student.parameters, config.ema)
-    return scalars | dict(L_assistant=L_assistant)
+    return scalars | of_assistant | dict(grad_student=norm)
 
 
 # What public code computes, from its equations; f is a student's picture, Y a prediction of x0 at its x_t

@@ -310,7 +310,7 @@ def test_wrong_input(folder, tmp_path):
     none = ["--alpha-rew", 0, "--reward", "", "--probe", ""]
     for more, message in (
             (["--reward", bad], "cannot be loaded as a CLIPModel"),
-            (["--reward", headless], "weights are missing"),
+            (["--reward", headless], "lacks the weights"),
             (["--model", tmp_path / "plain"], "no empty condition to guide by"),
             (["--model", tmp_path / "without_null", *none], "no empty condition"),
             (["--student-timestep", 1000], "ends at 999"), (["--t-max", 1000], "0 to 999"),
