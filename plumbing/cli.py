@@ -1,4 +1,4 @@
-"""Flags from a dataclass, their ranges, the configuration of a run read back, and errors in one line."""
+"""Flags from a dataclass, their ranges, what a run wrote read back, and errors in one line."""
 
 import argparse
 import dataclasses
@@ -7,22 +7,28 @@ import math
 import operator
 import os
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from common import UserError
+from common import UserError, one_line
+
+SEED = dict(least=0, below=2**63)
 
 
 def flag(default, help, group="method", choices=None, above=None, least=None, below=None, most=None,
-         infinite=False):
+         infinite=False, needed=False):
     """A dataclass field whose help text is also its comment in the source, and whose range stands beside it.
 
-    The value, or each of several, must be one of `choices`, > above, >= least, < below, <= most. NaN never
-    passes, infinity only with `infinite`.
+    The value, or each of several, must be one of `choices`, > above, >= least, < below, <= most, and not
+    empty if it is `needed`. NaN never passes, infinity only with `infinite`, and an integer that has no upper
+    end must be below 2**31.
     """
-    limits = dict(choices=choices, above=above, least=least, below=below, most=most, infinite=infinite)
+    limits = dict(choices=choices, above=above, least=least, below=below, most=most, infinite=infinite,
+                  needed=needed)
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, **limits))
 
 
@@ -32,7 +38,7 @@ class RunFlags:
     out: str = flag("", "the run's folder; the same command again resumes what lies there", "run")
     resume: str = flag("", "folder of another run of the same configuration, to continue from its "
                        "checkpoints", "run")
-    seed: int = flag(0, "of weights, order of the data, and noise", "run", least=0, below=2**63)
+    seed: int = flag(0, "of weights, order of the data, and noise", "run", **SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps", "run")
     precision: str = flag("fp32", "of the networks; weights and losses stay fp32", "run",
                           choices=("fp32", "bf16"))
@@ -46,7 +52,8 @@ class RunFlags:
                        "averages", "run")
     cache_latents: bool = flag(False, "encode pictures and captions once, float16, to OUT/cache; the text "
                                "encoders leave the device", "run")
-    workers: int = flag(0, "processes that read pictures, where a run trains on any", "run", least=0)
+    workers: int = flag(0, "processes that read pictures, where a run trains on any", "run", least=0,
+                        most=1000)
     timeout: int = flag(45, "seconds that a process waits for the others within a step; when they are up it "
                         "names who does not answer and ends", "run", least=1)
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
@@ -67,24 +74,73 @@ def bound_flags(config_class, *, but=()):
 
 def allowed(limits):
     """The range of a flag in words, "" for a flag without one."""
-    if limits["choices"]:
+    if limits.get("choices"):
         return "one of " + ", ".join(str(choice) for choice in limits["choices"] if choice != "")
     words = dict(above="above", least="at least", below="below", most="at most")
-    bounds = {name: limits[name] for name in words if limits[name] is not None}
+    bounds = {name: limits[name] for name in words if limits.get(name) is not None}
     return " and ".join(f"{words[name]} {bound:g}" if abs(bound) < 2**53 else f"{words[name]} 2**63"
                         for name, bound in bounds.items())
 
 
 def check_flag(name, value, limits):
-    """Raises UserError if the value of the flag, or one of its several, is out of range."""
+    """Raises UserError if the value of the flag, or one of its several, is not as `flag` says of limits."""
     within = dict(above=operator.gt, least=operator.ge, below=operator.lt, most=operator.le)
-    for one in value if isinstance(value, tuple) else (value,):
-        finite = not isinstance(one, float) or math.isfinite(one) or limits["infinite"] and math.isinf(one)
-        inside = all(within[bound](one, limits[bound]) for bound in within if limits[bound] is not None)
-        chosen = not limits["choices"] or one in limits["choices"]
-        if not (finite and inside and chosen):
-            words = [allowed(limits), "" if finite else "finite"]
-            raise UserError(f"--{name.replace('_', '-')} {one}: must be {' and '.join(filter(None, words))}")
+    bounds = {bound: limits[bound] for bound in within if limits.get(bound) is not None}
+    for one in value if isinstance(value, tuple | list) else (value,):
+        finite = not isinstance(one, float) or math.isfinite(one)
+        finite = finite or limits.get("infinite") and math.isinf(one)
+        small = not isinstance(one, int) or one < 2**31 or bounds.keys() & {"below", "most"}
+        inside = all(within[bound](one, limit) for bound, limit in bounds.items())
+        chosen = not limits.get("choices") or one in limits["choices"]
+        given = one != "" or not limits.get("needed")
+        if not (finite and small and inside and chosen and given):
+            words = [allowed(limits), "" if finite else "finite", "" if small else "below 2**31",
+                     "" if given else "given"]
+            raise UserError(f"--{name.replace('_', '-')} {one if given else repr(one)}: must be "
+                            f"{' and '.join(filter(None, words))}")
+
+
+def check_flags(args, **limits):
+    """check_flag for flags of an argparse namespace: name -> dict of limits; None, not given, is allowed."""
+    for name, limit in limits.items():
+        if getattr(args, name) is not None:
+            check_flag(name, getattr(args, name), limit)
+
+
+def check_writable(path, flag, suffix="", deep=False):
+    """Raises UserError if no file of this name can be written; one that is there stays as it is.
+
+    suffix: in which the name must end. deep: the folders above will be made.
+    """
+    place, reason = Path(path), ""
+    try:
+        folder = place.parent
+        while deep and not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if place.is_file():
+            with open(place, "a"):
+                pass
+        elif place.exists():
+            reason = "it is no file"
+    except OSError as error:
+        reason = error.strerror
+    if not reason and not place.name.lower().endswith(suffix):
+        reason = f"it must end in {suffix}"
+    if reason:
+        raise UserError(f"{flag} {path or repr(path)}: cannot be written ({reason}); choose another")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors, one line each, and which takes no abbreviations."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        """Called on wrong flags."""
+        raise UserError(f"{message.removeprefix('argument ')}; see --help")
 
 
 def parse_config(config_class, presets, argv, description, preset_of=None, commands=()):
@@ -92,13 +148,13 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
 
     --preset defaults to preset_of(the flags given), else to its own default; --help shows the defaults of the
     preset that the other flags choose, and the other `commands` of the script. Raises UserError on an unknown
-    preset or a value out of its range; argparse itself ends with exit code 2 on an unknown flag.
+    flag or preset, and on a value out of its range.
     """
     fields = dataclasses.fields(config_class)
 
     def parser(defaults, **more):
         # Absent flags stay out of the namespace, so that they can fall back to the preset.
-        parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **more)
+        parser = Parser(description=description, **more)
         groups = {}
         for field in fields:
             group = field.metadata["group"]
@@ -136,8 +192,7 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
 
 def sample_flags(prog, out, nfe=(1,)):
     """The parser of a script's `sample` command; nfe: the allowed numbers of network calls, None: any."""
-    parser = argparse.ArgumentParser(prog=f"{prog} sample", description="Pictures of a run as a grid.",
-                                     allow_abbrev=False)
+    parser = Parser(prog=f"{prog} sample", description="Pictures of a run as a grid.")
     parser.add_argument("--run", default=out, help="the run's folder")
     parser.add_argument("--prompts", nargs="+", help="prompts, in turn; default: the run's own")
     parser.add_argument("--num", type=int, default=64, help="number of pictures")
@@ -149,10 +204,10 @@ def sample_flags(prog, out, nfe=(1,)):
 
 
 def check_sample_flags(args):
-    """Raises UserError if a number among the flags of `sample` is out of range."""
-    for name, least in (("num", 1), ("nfe", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    """Raises UserError if a number among the flags of `sample` is out of range, or --grid cannot be written.
+    """
+    check_flags(args, run=dict(needed=True), num=dict(least=1, most=100_000), nfe=dict(least=1), seed=SEED)
+    check_writable(args.grid, "--grid", ".png", deep=True)
 
 
 def run_command(main):
@@ -160,18 +215,78 @@ def run_command(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        # One from a process that reads pictures comes with its traceback, whose end it is.
+        tell(str(error).rsplit("common.UserError: ", 1)[-1])
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for the memory of accelerators alone.
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        tell(f"out of memory ({one_line(error) or 'of this machine'}); lower --batch-size or --micro-batch, "
+             "or what else is large")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def tell(text):
+    """Prints an error on stderr as one line, unless another process of this machine has printed the same."""
+    line, local, first = " ".join(text.splitlines()), int(os.environ.get("LOCAL_RANK", 0)), True
+    if dist.is_initialized():
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            first = store.add(f"machine {os.environ.get('GROUP_RANK')}: {ascii(line)}", 1) == 1
+        except RuntimeError:  # the process that keeps the store has ended
+            first = local == 0
+    else:
+        time.sleep(2 * local)  # meanwhile torchrun ends this process, if a lower one has failed too
+    if first:
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 def read_config(config_class, path):
     """The configuration that a run wrote. Raises UserError if it is missing, damaged or another script's."""
     try:
         saved = json.loads(Path(path).read_text())
-        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if not isinstance(value, (int, float) if field.type is float else field.type):
+                raise TypeError(f"--{field.name.replace('_', '-')} {value}: must be of the type "
+                                f"{field.type.__name__}")
+            check_flag(field.name, value, field.metadata)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"{path}: not the configuration of a run of this script ({error})")
+    return config
+
+
+def read_json(path):
+    """The JSON object of a file. Raises UserError if it is missing or damaged."""
+    return _objects(path, lambda text: [text])[0]
+
+
+def read_metrics(run):
+    """The lines of a run's metrics.jsonl as dicts; one that was cut short by a kill is left out.
+
+    Raises UserError if there is none, or the log is damaged.
+    """
+    log = Path(run) / "metrics.jsonl"
+    rows = _objects(log, lambda text: [line for line in text.splitlines() if line.endswith("}")])
+    if not rows or not all("iteration" in row for row in rows):
+        raise UserError(f"{log}: {'damaged, a line' if rows else 'empty, it'} names no iteration")
+    return rows
+
+
+def _objects(path, split):
+    try:
+        found = [json.loads(text) for text in split(Path(path).read_text())]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', '') or error})")
+    if not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{path}: damaged, it is no JSON object")
+    return found

@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import math
+import os
 import runpy
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
+import torch
 import torchvision
-from helpers import TINY, fails
+from helpers import TINY, fails, ranks
+from torch.utils.data import DataLoader, Dataset
 
 import diff_instruct_star
 import plumbing.cli
@@ -17,6 +22,7 @@ import swiftbrush_v2
 import yoso
 from common import UserError
 from plumbing.cli import RunFlags, bound_flags, flag, parse_config, read_config
+from plumbing.run import start_processes
 
 SCRIPTS = [yoso, swiftbrush_v2, diff_instruct_star]
 
@@ -147,12 +153,17 @@ def test_help_of_every_preset(script, capsys, monkeypatch):
             assert f"{field.metadata['help']} [{'empty' if shown == '' else shown}" in text, field.name
 
 
-def test_an_unknown_flag_is_refused(capsys):
+@pytest.mark.parametrize("argv, line", [
+    (["--iteration", "3"], "unrecognized arguments: --iteration 3; see --help"),
+    (["--rates", "1"], "unrecognized arguments: --rates 1; see --help"),
+    (["--rate", "fast"], "--rate: invalid float value: 'fast'; see --help"),
+    (["--seed", "1.5"], "--seed: invalid int value: '1.5'; see --help"),
+    (["--widths"], "--widths: expected at least one argument; see --help")])
+def test_wrong_words_are_one_line(argv, line):
     """Abbreviations too, which would change their meaning with the next flag."""
-    for argv in (["--iteration", "3"], ["--rates", "1"]):
-        with pytest.raises(SystemExit) as stopped:
-            parse(*argv)
-        assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
+    with pytest.raises(UserError) as refused:
+        parse(*argv)
+    assert str(refused.value) == line
 
 
 # Configurations
@@ -177,15 +188,77 @@ def test_a_continued_run_repeats_the_flags_that_make_its_result():
 
 # Errors in one line
 
-def test_one_process_a_machine_tells_the_error(monkeypatch, capsys):
+def told(monkeypatch, capsys, error):
+    """(exit code, stderr) of a command that raises the error."""
     def main(argv):
-        raise UserError("--lr 0: must be above 0")
+        raise error
     monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
-    for rank, line in (("0", "script.py: --lr 0: must be above 0\n"), ("1", "")):
+    with pytest.raises(SystemExit) as stopped:
+        plumbing.cli.run_command(main)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_an_error_is_one_line(monkeypatch, capsys):
+    """Of an error in a process that reads pictures, which comes with its traceback, the message."""
+    plain = UserError("--lr 0: must be above 0")
+    loader = DataLoader(Unreadable(), num_workers=1)
+    with pytest.raises(UserError) as read:
+        next(iter(loader))
+    assert "Traceback" in str(read.value)
+    with pytest.raises(RuntimeError) as large:
+        torch.empty(2**60)
+    for error, line in ((plain, plain), (read.value, "--dataset x: none can be read"),
+                        (UserError("--out x: no\nroom"), "--out x: no room")):
+        assert told(monkeypatch, capsys, error) == (2, f"script.py: {line}\n")
+    for error in (large.value, MemoryError()):
+        code, text = told(monkeypatch, capsys, error)
+        assert code == 2 and text.startswith("script.py: out of memory (") and text.count("\n") == 1
+        assert "lower --batch-size" in text
+    assert told(monkeypatch, capsys, KeyboardInterrupt()) == (130, "script.py: stopped by Ctrl-C\n")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        told(monkeypatch, capsys, RuntimeError("a fault of ours"))
+
+
+class Unreadable(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise UserError("--dataset x: none can be read")
+
+
+def test_a_process_before_its_group_waits_for_the_lower_ones(monkeypatch, capsys):
+    """torchrun ends it meanwhile, if they failed too; else it tells what it has, as of a GPU that lacks."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for rank in ("0", "3"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit) as stopped:
-            plumbing.cli.run_command(main)
-        assert stopped.value.code == 2 and capsys.readouterr().err == line
+        assert told(monkeypatch, capsys, UserError("no GPU")) == (2, "script.py: no GPU\n")
+    assert waits == [0, 6]
+
+
+def fail_in_group(folder, failing):
+    """Of one of the processes of a group: those of these ranks fail, and the others live on meanwhile."""
+    rank, told = int(os.environ["RANK"]), folder / f"told-{min(failing)}"
+    sys.argv, sys.stderr = ["script.py"], open(folder / f"told-{rank}", "w")
+
+    def main(argv):
+        start_processes(torch.device("cpu"))
+        if rank in failing:
+            raise UserError("--out x: full")
+        while not told.stat().st_size:
+            time.sleep(0.1)
+
+    with suppress(SystemExit):
+        plumbing.cli.run_command(main)
+    sys.stderr.close()
+
+
+@pytest.mark.parametrize("failing", [(0, 1), (1,)])
+def test_one_process_of_a_group_tells_the_error(failing, tmp_path):
+    """Whichever it is; the same error of another is not told again."""
+    ranks(2, fail_in_group, tmp_path, failing)
+    assert "".join(file.read_text() for file in tmp_path.iterdir()) == "script.py: --out x: full\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -238,7 +311,7 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch, capsys):
 def test_out_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
     error = fails(monkeypatch, capsys, yoso, *TINY, "--out", tmp_path / "file" / "run")
-    assert "cannot write there" in error and "choose another folder" in error
+    assert f"--out {tmp_path / 'file' / 'run'}: cannot be written (Not a directory)" in error
     assert (tmp_path / "file").read_text() == "in the way"
 
 

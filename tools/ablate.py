@@ -11,20 +11,21 @@ Each arm is the method's script with the flags below and nothing else changed, m
 on one-step samples.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
-from evaluate import evaluate
+from evaluate import FEWEST, evaluate
 
 from common import UserError
-from plumbing.cli import run_command
+from plumbing.cli import SEED, Parser, check_flags, check_writable, read_json, read_metrics, run_command
+from plumbing.files import write_text, writing
 
 # What an arm changes: its flags, the folder that arms of a seed share (so that merges find their students;
 # None: one of its own), and which pipeline below it is measured (None: the run itself). An arm without flags
@@ -118,46 +119,65 @@ def name_of(arm, seed):
     return f"{'-'.join(words)}-seed{seed}"
 
 
+def flags_of(method, arm, seed, iterations, out):
+    """The flags of the script for one arm with one seed."""
+    values = dict(iterations=iterations, longer=3 * iterations, out=out, seed=seed)
+    return [*(argument.format(**values) for argument in ARMS[method][arm][0] or ()), "--seed", str(seed)]
+
+
+def kept_row(method, arm, seed, iterations, out, num):
+    """The row that an earlier call wrote, or None. Raises UserError if it is damaged or of other flags."""
+    path, flags = out / f"{name_of(arm, seed)}.json", flags_of(method, arm, seed, iterations, out)
+    row = read_json(path) if path.exists() else None
+    if row and (row.get("flags"), row.get("num")) != (flags, num):
+        raise UserError(f"{path}: measured with {row.get('flags')} and {row.get('num')} samples; "
+                        "choose another --out")
+    return row
+
+
 def run_row(method, arm, seed, iterations, out, num):
     """Trains and measures one arm with one seed, unless its row exists; returns the row."""
-    name = name_of(arm, seed)
-    path = out / f"{name}.json"
-    arguments, folder, pipeline = ARMS[method][arm]
-    values = dict(iterations=iterations, longer=3 * iterations, out=out, seed=seed)
-    flags = [*(argument.format(**values) for argument in arguments or ()), "--seed", str(seed)]
-    if path.exists():
-        row = json.loads(path.read_text())
-        if (row["flags"], row["num"]) != (flags, num):
-            raise UserError(f"{path}: measured with {' '.join(row['flags'])} and {row['num']} samples; "
-                            "choose another --out")
+    if row := kept_row(method, arm, seed, iterations, out, num):
         return row
+    name, flags = name_of(arm, seed), flags_of(method, arm, seed, iterations, out)
+    arguments, folder, pipeline = ARMS[method][arm]
     row = dict(method=method, arm=arm, seed=seed, iterations=iterations, flags=flags)
     if "--iterations" in flags:
         row["iterations"] = int(flags[-flags[::-1].index("--iterations")])
     run = out / (f"{folder}-seed{seed}" if folder else name)
-    if arguments is not None:
-        with open(out / f"{name}.log", "a") as log:
-            script = Path(__file__).parent.parent / f"{'yoso' if method.startswith('yoso') else method}.py"
-            command = [sys.executable, script, *flags, "--out", run]
-            code = subprocess.run(command, stdout=log, stderr=log).returncode
-        if code:
-            reason = (out / f"{name}.log").read_text().strip().splitlines()[-1]
-            print(f"{name}: not run: {reason}", file=sys.stderr)
-            return row | dict(failed=reason)
-        row["minutes"] = round(sum(minutes_of(log) for log in logs_of(run, pipeline)), 2)
-    if method == "yoso":
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        half = [m["L_D"] for m in metrics if m["iteration"] > iterations / 2]
-        row |= dict(L_D=sum(half) / len(half), **evaluate(run=run, num=num, seed=seed))
-    else:
-        if pipeline or method == "diff_instruct_star":
-            calls = dict(nfe=1) if method.startswith("yoso_") else dict(steps=1)
-            measured = dict(model=run / pipeline if pipeline else STUDENT, **calls)
+    try:
+        if arguments is not None:
+            train(method, flags, run, out / f"{name}.log")
+            row["minutes"] = round(sum(minutes_of(log.parent) for log in logs_of(run, pipeline)), 2)
+        if method == "yoso":
+            half = [m["L_D"] for m in read_metrics(run) if m["iteration"] > iterations / 2]
+            row |= dict(L_D=sum(half) / len(half), **evaluate(run=run, num=num, seed=seed))
         else:
-            measured = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
-        row |= evaluate(**measured, num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE, reward=REWARD)
-    path.write_text(json.dumps(row, indent=1, default=str) + "\n")
+            if pipeline or method == "diff_instruct_star":
+                calls = dict(nfe=1) if method.startswith("yoso_") else dict(steps=1)
+                measured = dict(model=run / pipeline if pipeline else STUDENT, **calls)
+            else:
+                measured = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
+            row |= evaluate(**measured, num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE,
+                            reward=REWARD)
+        write_text(out / f"{name}.json", json.dumps(row, indent=1, default=str))
+    except (UserError, KeyError, ZeroDivisionError) as error:  # the other arms go on
+        reason = error if isinstance(error, UserError) else f"{run}: damaged, it lacks {error}"
+        print(f"{name}: not run: {reason}", file=sys.stderr)
+        return row | dict(failed=str(reason))
     return row
+
+
+def train(method, flags, run, log):
+    """Runs the method's script, which writes to the log; if it fails, UserError has its last line."""
+    script = Path(__file__).parent.parent / f"{'yoso' if method.startswith('yoso') else method}.py"
+    command = [sys.executable, script, *flags, "--out", run]
+    with writing(log), open(log, "a") as file:
+        code = subprocess.run(command, stdout=file, stderr=file).returncode
+    if code < 0:
+        raise UserError(f"{log}: ended by signal {-code}")
+    if code:
+        raise UserError(log.read_text(errors="replace").strip().split("\n")[-1])
 
 
 def logs_of(run, pipeline):
@@ -168,10 +188,9 @@ def logs_of(run, pipeline):
     return [log for log in run.rglob("metrics.jsonl") if log.parent.name in (stage[0], "start", "adapt-1")]
 
 
-def minutes_of(log):
+def minutes_of(run):
     """How long a run trained, by its images/s."""
-    metrics = [json.loads(line) for line in log.read_text().splitlines()]
-    batch = json.loads((log.parent / "config.json").read_text())["batch_size"]
+    metrics, batch = read_metrics(run), read_json(run / "config.json")["batch_size"]
     gaps = zip([0, *(m["iteration"] for m in metrics)], metrics)
     return sum((m["iteration"] - before) * batch / m["images_per_second"] for before, m in gaps) / 60
 
@@ -181,7 +200,7 @@ def table(method, rows):
     columns = COLUMNS[method]
     lines = ["| arm | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
     for arm in ARMS[method]:
-        mine = [r for r in rows if r["arm"] == arm and "failed" not in r]
+        mine = [r for r in rows if r.get("arm") == arm]
         cells = []
         for key in columns:
             values = torch.tensor([float(r[key]) for r in mine if key in r])
@@ -193,7 +212,7 @@ def table(method, rows):
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("method", choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="default: all of the method's")
@@ -201,23 +220,36 @@ def main(argv):
                         help="of every run, an equal budget; default: that of the method")
     parser.add_argument("--num", type=int, default=2000, help="samples measured")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on its share of the cores")
-    parser.add_argument("--out", type=Path, help="default: runs/ablate/METHOD")
+    parser.add_argument("--out", help="default: runs/ablate/METHOD")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
-    arms, out = args.arms or list(ARMS[args.method]), args.out or Path("runs/ablate") / args.method
+    check_flags(args, seeds=SEED, iterations=dict(least=0), num=dict(least=FEWEST, most=10**6),
+                jobs=dict(least=1), out=dict(needed=True))
+    arms = args.arms or list(ARMS[args.method])
+    out = Path(args.out or f"runs/ablate/{args.method}")
     unknown = set(arms) - set(ARMS[args.method])
     if unknown:
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS[args.method])}")
-    iterations = args.iterations or ITERATIONS[args.method]
-    out.mkdir(parents=True, exist_ok=True)
+    iterations, failed = args.iterations or ITERATIONS[args.method], []
+    if args.table and not out.is_dir():
+        raise UserError(f"--out {out}: there is no such folder")
     if not args.table:
+        seeds = list(dict.fromkeys(args.seeds))  # two runs cannot share a folder
+        for seed, arm in product(seeds, arms):
+            kept_row(args.method, arm, seed, iterations, out, args.num)
+        check_writable(out / f"{args.method}.log", "--out", deep=True)
+        out.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         with ThreadPoolExecutor(args.jobs) as pool:
             # The arms of a seed run in their order: a merge needs its students.
-            list(pool.map(lambda seed: [run_row(args.method, arm, seed, iterations, out, args.num)
-                                        for arm in arms], args.seeds))
-    print(table(args.method, [json.loads(p.read_text()) for p in sorted(out.glob("*.json"))]))
+            rows = pool.map(lambda seed: [run_row(args.method, arm, seed, iterations, out, args.num)
+                                          for arm in arms], seeds)
+            failed = [name_of(row["arm"], row["seed"]) for row in chain(*rows) if "failed" in row]
+    print(table(args.method, [read_json(path) for path in sorted(out.glob("*.json"))]))
+    if failed:
+        print(f"ablate.py: failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ the tensors of building and of two steps held at one time, the same on every run
 kernels need comes on top.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -40,8 +39,9 @@ import diff_instruct_star
 import swiftbrush_v2
 import yoso
 from common import UserError, enable_checkpointing, frozen, map_cond, one_step, use_lora
-from plumbing.cli import parse_config, run_command
+from plumbing.cli import Parser, check_flags, check_writable, parse_config, run_command
 from plumbing.data import prompts_of
+from plumbing.files import write_text
 from plumbing.run import Run
 from plumbing.shard import shard
 
@@ -339,7 +339,7 @@ def scaling(argv, batch_size, processes):
                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             ours = [line for line in done.stderr.splitlines() if line.startswith(Path(__file__).name)]
-            reason = (ours or done.stderr.strip().splitlines())[0]
+            reason = (ours or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
             raise UserError(f"--processes {processes}: a process failed ({reason})")
         return float(done.stdout.split()[-1])
 
@@ -414,11 +414,11 @@ def print_table(report):
 
 def main(argv):
     """The command line: the method, this tool's flags, then any flag of the method's script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("method", choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds")
     parser.add_argument("--json", help="write the report to this file too")
-    parser.add_argument("--processes", type=int, default=0,
+    parser.add_argument("--processes", type=int,
                         help="only how the rate scales to that many processes, one thread each")
     parser.add_argument("--only-rate", action="store_true",
                         help="print only the images a second, also under torchrun")
@@ -426,10 +426,11 @@ def main(argv):
                         help="with --only-rate: exchange no gradients between the processes")
     args, rest = parser.parse_known_args(argv)
     script = METHODS[args.method]
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: must be at least 1")
-    if args.processes < 0 or args.processes == 1:
-        raise UserError(f"--processes {args.processes}: must be at least 2")
+    check_flags(args, repeats=dict(least=1), processes=dict(least=2))
+    if args.apart and not args.only_rate:
+        raise UserError("--apart: only with --only-rate")
+    if args.json is not None:
+        check_writable(args.json, "--json")
     config = parse_config(script.Config, script.PRESETS, rest, "", script.preset_of)
     script.check(config)
     if script is swiftbrush_v2 and config.stage not in ("a", "b"):
@@ -448,7 +449,7 @@ def main(argv):
         print_table(report)
     text = json.dumps(tree_map_only(float, lambda v: round(v, 4), report), indent=1)
     if args.json:
-        Path(args.json).write_text(text + "\n")
+        write_text(args.json, text)
     if args.processes:
         print(text)
 

@@ -33,8 +33,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yoso
 from common import Draws, InformativePrior, UserError, ddim_sample, load, load_scorer
-from plumbing.cli import run_command
+from plumbing.cli import SEED, Parser, check_flag, check_writable, read_json, run_command
 from plumbing.data import Folder, load_dataset, load_prompts, sample_order, to_floats
+from plumbing.files import write_text, writing
 from plumbing.run import choose_device
 from plumbing.shapes import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, coverage
 
@@ -46,6 +47,7 @@ CLEAN, SHARP = 0.2, 0.1
 REFERENCE_SEED = 10_000  # the reference drawings: a seed that no run uses by default
 PROMPT_SEED = 30_000  # the drawings whose captions a text-to-image model is asked for
 CHUNK = 250  # pictures of 32 x 32 at once; fewer of larger ones
+FEWEST = 5  # pictures that have a distance: precision and recall look at 3 neighbours
 
 
 def read_shapes(images):
@@ -229,11 +231,17 @@ def distances(generated, reference):
 # Sources of pictures: each yields (uint8 pictures [n, 3, S, S], their captions)
 
 def dataset_chunks(dataset, num, seed=0):
-    """num pictures of a dataset in the run's order."""
-    order = sample_order(dataset, seed, range(num))
+    """num pictures of a dataset in the run's order, less the unreadable ones, which are named on stderr."""
+    order, skipped = sample_order(dataset, seed, range(num)), set()
     for first in range(0, num, CHUNK):
         samples = [dataset[i] for i in order[first:first + CHUNK]]
-        yield torch.stack([s["image"] for s in samples]), [s["caption"] for s in samples]
+        for name in sorted({name for s in samples for name in s["skipped"]} - skipped):
+            skipped.add(name)
+            print(f"left out, cannot be read as a picture: {name}", file=sys.stderr)
+        # In the place of an unreadable picture the dataset gives the next one, a second time.
+        samples = [s for s in samples if not s["skipped"]]
+        if samples:
+            yield torch.stack([s["image"] for s in samples]), [s["caption"] for s in samples]
 
 
 def few_step_chunks(sampler, prompts, nfe, seed):
@@ -256,7 +264,7 @@ def many_step_chunks(denoiser, codec, prompts, steps, guidance, seed):
         yield to_uint8(codec.decode(x0)), captions
 
 
-def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
+def measure(chunks, num, embed, scorers, with_shapes, save=None, title="pictures"):
     """Goes once over chunks of pictures; embed: {name: function of uint8 pictures}, scorers: {name: Scorer}.
 
     save: a folder for them. Returns ({name: features [N, D]}, {scorer's name: mean score}, what read_shapes
@@ -270,20 +278,31 @@ def measure(chunks, num, embed, scorers, with_shapes, save=None, title=""):
             for name, scorer in scorers.items():
                 with torch.no_grad():
                     values = scorer(to_floats(images).to(scorer.device), scorer.texts(captions))
-                scores[name] += values.sum().item() / num
+                scores[name] += values.sum().item()
             if with_shapes:
                 read.append(read_shapes(images))
             if save:
                 save_pictures(save, images, captions, count)
             count += len(images)
             bar.update(len(images))
+    enough(title, count)
     features = {name: torch.cat(chunks) for name, chunks in features.items()}
+    scores = {name: score / count for name, score in scores.items()}
     return features, scores, {k: torch.cat([r[k] for r in read]) for k in read[0]} if read else None
+
+
+def enough(source, number):
+    """The number of pictures. Raises UserError if they are too few for a distance."""
+    if number < FEWEST:
+        raise UserError(f"{source}: only {number} pictures, a distance needs at least {FEWEST}")
+    return number
 
 
 def save_pictures(folder, images, captions, first):
     """Adds pictures to a captioned folder, numbered from `first`."""
-    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder), open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
         for i, (image, caption) in enumerate(zip(images, captions), first):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
             file.write(json.dumps(dict(file_name=f"{i:06d}.png", text=caption)) + "\n")
@@ -292,7 +311,7 @@ def save_pictures(folder, images, captions, first):
 def is_from_scratch(run):
     """Whether a run is of yoso.py without --model, of which the checkpoint is sampled, not a pipeline."""
     config = Path(run) / "config.json"
-    return config.exists() and not json.loads(config.read_text()).get("model")
+    return config.exists() and not read_json(config).get("model")
 
 
 def asked_for(dataset, prompts, codec, num):
@@ -312,8 +331,8 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
              steps=25, guidance=1.0, prior=True, seed=0, size=32, features="random-conv", clip=None,
              reward=None, judge=None, save=None, device="auto"):
     """The report, as a dict; the arguments are the command's flags."""
-    if num < 5:
-        raise UserError(f"--num {num}: a distance needs at least 5 pictures")
+    if save and Path(save).exists():
+        raise UserError(f"--save {save}: exists already; choose a new folder")
     device, wanted = choose_device(device), None
     embed = {prefix: load_features(name, device)
              for prefix, name in (("", features), ("judge_", judge)) if name}
@@ -322,8 +341,11 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
     if run and (Path(run) / "pipeline" / "model_index.json").exists() and not is_from_scratch(run):
         run, model, nfe = None, Path(run) / "pipeline", nfe or 1
     if run:
+        if prompts or lora:
+            raise UserError(f"--prompts, --lora: {run} is a run from scratch; leave them out")
         nfe = nfe or 1
         sampler, config = yoso.load_sampler(run, device)
+        yoso.sampling_levels(len(sampler.generator.schedule) - 1, nfe)
         dataset, size = dataset or config.dataset, config.image_size
         chunks = few_step_chunks(sampler, [""] * num, nfe, seed)
         source = dict(run=str(run), nfe=nfe, seed=seed)
@@ -340,6 +362,7 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
         source = dict(model=str(model), seed=seed,
                       prompts=str(prompts) if prompts else f"captions of {dataset}, seed {PROMPT_SEED}")
         if nfe:
+            yoso.sampling_levels(len(denoiser.schedule) - 1, nfe)
             start = InformativePrior.read(model, device) if prior else None
             chunks = few_step_chunks(yoso.Sampler(denoiser, codec, start), texts, nfe, seed)
             source |= dict(steps=nfe, sampler="predict and renoise", informative_prior=start is not None)
@@ -350,18 +373,16 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
         if not Path(images).is_dir():
             raise UserError(f"--images {images}: there is no such folder")
         folder = Folder(images, size)
-        num = min(num, len(folder))
+        num = enough(f"--images {images}", min(num, len(folder)))
         chunks, source = dataset_chunks(folder, num), dict(images=str(images))
     reference = load_dataset(dataset, size, REFERENCE_SEED)
     reference_num = num if reference.endless else min(num, len(reference))
-    if save:
-        save = Path(save)
-        if save.exists():
-            raise UserError(f"--save {save}: exists already; choose a new folder")
-        save.mkdir(parents=True)
-    generated, scores, read = measure(chunks, num, embed, scorers, reference.endless, save, "generated")
+    enough(f"--dataset {dataset}", reference_num)
+    generated, scores, read = measure(chunks, num, embed, scorers, reference.endless, save and Path(save),
+                                      f"--images {images}" if images else "generated")
     real, _, _ = measure(dataset_chunks(reference, reference_num), reference_num, embed, {}, False, None,
-                         "reference")
+                         f"--dataset {dataset}")
+    num, reference_num = len(generated[""]), len(real[""])
     order = "first pictures in the order of seed 0"
     if reference.endless:
         order = f"{dataset}, seed {REFERENCE_SEED}"
@@ -375,7 +396,8 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    # Flags that are not given stay out: evaluate() has their defaults.
+    parser = Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--run", help="a run: its samples with --nfe network calls are measured")
     parser.add_argument("--model", help="a pipeline (directory or hub id): its pictures are measured")
     parser.add_argument("--images", help="a folder of pictures to measure")
@@ -383,18 +405,18 @@ def main(argv):
                         "(default: the run's own, or shapes)")
     parser.add_argument("--prompts",
                         help="with --model: a file of prompts, instead of the dataset's captions")
-    parser.add_argument("--lora", default="", help="with --model: LoRA weights on top")
-    parser.add_argument("--num", type=int, default=1000, help="number of pictures on both sides")
+    parser.add_argument("--lora", help="with --model: LoRA weights on top")
+    parser.add_argument("--num", type=int, help="number of pictures on both sides")
     parser.add_argument("--nfe", type=int, help="network calls a sample of a one-step model (1 with --run); "
                         "with --model instead of --steps")
-    parser.add_argument("--prior", action=argparse.BooleanOptionalAction, default=True,
+    parser.add_argument("--prior", action=argparse.BooleanOptionalAction,
                         help="with --nfe: start from the informative prior where the pipeline has one")
-    parser.add_argument("--steps", type=int, default=25, help="with --model: DDIM steps")
-    parser.add_argument("--guidance", type=float, default=1.0, help="with --model: guidance scale, 1: none")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    parser.add_argument("--size", type=int, default=32,
+    parser.add_argument("--steps", type=int, help="with --model: DDIM steps")
+    parser.add_argument("--guidance", type=float, help="with --model: guidance scale, 1: none")
+    parser.add_argument("--seed", type=int, help="of the sampling noise")
+    parser.add_argument("--size", type=int,
                         help="with --images: pixels to which both sides are brought")
-    parser.add_argument("--features", default="random-conv",
+    parser.add_argument("--features",
                         help="random-conv, inception, or a CLIPModel's directory or hub id")
     parser.add_argument("--clip", help="also the mean CLIP score (cosine) of this CLIPModel: clip, directory "
                         "or hub id")
@@ -403,19 +425,30 @@ def main(argv):
     parser.add_argument("--judge", help="a CLIPModel that the model did not optimise: distances in its "
                         "features too, and its score")
     parser.add_argument("--save", help="a new folder to which the pictures and their captions are written")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", help="write the report to this file too")
     args = vars(parser.parse_args(argv))
-    path = args.pop("json")
-    sources = [name for name in ("run", "model", "images") if args[name]]
-    if len(sources) != 1 or (args["images"] and not args["dataset"]):
+    limits = dict(num=dict(least=FEWEST, most=10**6), nfe=dict(least=1), steps=dict(least=1),
+                  guidance=dict(least=0), seed=SEED, size=dict(least=1, most=4096))
+    for name, value in args.items():
+        check_flag(name, value, limits.get(name, dict(needed=True)))
+    sources = args.keys() & {"run", "model", "images"}
+    if len(sources) != 1 or sources == {"images"} and "dataset" not in args:
         raise UserError("give one of --run RUN, --model PIPELINE, or --images FOLDER with --dataset")
-    if path and not Path(path).parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {Path(path).parent}")
+    idle = dict.fromkeys(("prompts", "lora", "nfe", "prior", "seed"), ["images"])  # beside which flags
+    idle |= dict(steps=["images", "run", "nfe"], guidance=["images", "run", "nfe"], size=["run", "model"])
+    for name, others in idle.items():
+        for other in others:
+            if name in args and other in args:
+                raise UserError(f"--{name}: means nothing beside --{other}; leave it out")
+    path = args.pop("json", None)
+    for name, file in (("--json", path), ("--save", args.get("save"))):
+        if file:
+            check_writable(file, name, deep=name == "--save")
     text = json.dumps(evaluate(**args), indent=1)
     print(text)
     if path:
-        Path(path).write_text(text + "\n")
+        write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import swiftbrush_v2
 import yoso
 from common import Denoiser, UserError
 from plumbing.cache import cache_conditions
-from plumbing.cli import parse_config, run_command
+from plumbing.cli import Parser, check_flags, parse_config, run_command
 from plumbing.run import Run
 from plumbing.shard import part_here, shard
 from plumbing.students import dense_copy, fold_lora
@@ -353,9 +353,9 @@ def forecast(script, config, title):
 
 def main(argv):
     """The command line: this tool's own flag, the script, and the flags of its training."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="forecast.py", usage="forecast.py [--processes N] SCRIPT [the script's flags]",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1, help="of which each takes its part of the batch "
                         "and, with --shard, of the states; the figures are of one")
     parser.add_argument("script", help=f"one of {', '.join(SCRIPTS)}")
@@ -367,9 +367,9 @@ def main(argv):
     flags = args.flags[1:] if args.flags[:1] == ["train"] else args.flags
     description = script.__doc__.splitlines()[0]
     config = parse_config(script.Config, script.PRESETS, flags, description, script.preset_of)
-    if args.processes < 1 or config.batch_size % args.processes:
-        raise UserError(f"--processes {args.processes}: must be at least 1 and divide --batch-size "
-                        f"{config.batch_size}")
+    check_flags(args, processes=dict(least=1))
+    if config.batch_size % args.processes:
+        raise UserError(f"--processes {args.processes}: must divide --batch-size {config.batch_size}")
     for title, training in trainings_of(script, config):
         with tempfile.TemporaryDirectory() as folder, processes_that_share(args.processes):
             local = config.batch_size // args.processes

@@ -9,7 +9,6 @@ own steps run on them (tools/forecast.py). Networks in bf16, weights, moments an
 --precision bf16 has it. What the allocator, the kernels and CUDA itself need comes on top.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -45,7 +44,8 @@ import forecast
 
 import plumbing.shard
 from common import Codec, Denoiser, NoiseSchedule, Scorer, UserError
-from plumbing.cli import parse_config, run_command
+from plumbing.cli import Parser, check_flags, check_writable, parse_config, run_command
+from plumbing.files import write_text
 
 # The published configurations
 
@@ -245,7 +245,7 @@ def memory_of(arm, samples, checkpointing, folder, processes=1):
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="default: all")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 4],
                         help="samples at once on one GPU, --micro-batch")
@@ -253,8 +253,9 @@ def main(argv):
                         help="GPUs that share the states by --shard; the figures are of each")
     parser.add_argument("--json", help="write the figures to this file too")
     args = parser.parse_args(argv)
-    if args.processes < 1:
-        raise UserError(f"--processes {args.processes}: must be at least 1")
+    check_flags(args, processes=dict(least=1), samples=dict(least=1, most=100_000))
+    if args.json is not None:
+        check_writable(args.json, "--json")
     if unknown := set(args.arms) - set(ARMS):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
     rows = []
@@ -273,7 +274,7 @@ def main(argv):
                 cells = f"{arm} | {samples} | {states:.0f} | {step:.0f} | {less:.0f} | {flop:.1f}"
                 print(f"| {cells} |", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(args.json, json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -51,17 +51,18 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import EMA, Draws, NoiseSchedule, UserError, class_labels, load
-from plumbing.cli import RunFlags, flag, parse_config, run_command
+from plumbing.cli import SEED, RunFlags, check_writable, flag, parse_config, run_command
 from plumbing.data import load_dataset, to_floats
+from plumbing.files import CHECKSUMS, write_folder
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes
-from plumbing.students import write_folder
 
 IMAGE, LATENT_CHANNELS, LATENT, TOKENS, TEXT_WIDTH = 32, 4, 8, 16, 64
 SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
                    clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
 PIXART_SCHEDULE = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 SCHEDULES = {"": {}, "sd": SD_SCHEDULE, "pixart": PIXART_SCHEDULE}
+GROUPS = 16  # of a teacher's norms
 NULL_SHARE = 0.1  # of captions that are emptied, so that guidance has something to subtract; SD: 10 %
 HELD_OUT_SEED = 20_000  # drawings that no training sees
 
@@ -70,23 +71,26 @@ HELD_OUT_SEED = 20_000  # drawings that no training sees
 class Config:
     """One field a flag; the text is also its --help."""
     dataset: str = flag("shapes", "shapes: the mini models; cifar10 or a folder by class: a teacher in pixel "
-                        "space; with --base, any")
+                        "space; with --base, any", needed=True)
     base: str = flag("", "train the UNet of this Stable Diffusion on, on --dataset and for --schedule")
     schedule: str = flag("", "with --base, the noise levels: its own, sd (scaled linear) or pixart (linear)",
                          choices=tuple(SCHEDULES))
     preset: str = flag("shapes", "defaults of a teacher: shapes; cifar10, DDPM's, for a GPU; base: of --base")
-    out: str = flag("assets", "folder of the mini models; for a teacher or with --base, a folder of its own")
-    runs: str = flag("runs/pretrain", "folder of the training itself, where an interrupted one continues")
-    scale: float = flag(1.0, "factor on every part's iterations", above=0)
-    seed: int = flag(0, "of weights, drawings and noise", least=0, below=2**63)
+    out: str = flag("assets", "folder of the mini models; for a teacher or with --base, a folder of its own",
+                    needed=True)
+    runs: str = flag("runs/pretrain", "folder of the training itself, where an interrupted one continues",
+                     needed=True)
+    scale: float = flag(1.0, "factor on every part's iterations", above=0, most=1000)
+    seed: int = flag(0, "of weights, drawings and noise", **SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("fp32", "of the networks", choices=("fp32", "bf16"))
-    workers: int = flag(0, "processes that read pictures", least=0)
+    workers: int = flag(0, "processes that read pictures", least=0, most=1000)
     iterations: int = flag(20_000, "of a teacher or of --base; the mini models' stand in PARTS", least=1)
-    batch_size: int = flag(64, "of a teacher or of --base", least=1)
+    batch_size: int = flag(64, "of a teacher or of --base", least=1, most=100_000)
     lr: float = flag(5e-4, "of a teacher, or of a mini --base; diffusers fine-tunes SD with 1e-5", above=0)
-    image_size: int = flag(32, "pixels of a teacher", least=1)
-    channels: tuple = flag((32, 64, 64), "of a teacher, by resolution, multiples of 16", least=16)
+    image_size: int = flag(32, "pixels of a teacher", least=1, most=4096)
+    channels: tuple = flag((32, 64, 64), "of a teacher, by resolution, multiples of 16", least=16,
+                           most=10_000)
     attention: bool = flag(True, "of a teacher, at its lowest resolution")
 
 
@@ -459,7 +463,7 @@ def train_pixel_teacher(config):
         if config.attention:
             down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
         return UNet2DModel(sample_size=size, block_out_channels=config.channels, down_block_types=down,
-                           up_block_types=up, layers_per_block=2, norm_num_groups=16,
+                           up_block_types=up, layers_per_block=2, norm_num_groups=GROUPS,
                            num_class_embeds=len(classes) + 1)
 
     def loss_of(unet, x0, captions, draw, first):
@@ -477,17 +481,29 @@ def train_pixel_teacher(config):
     write(out, save)
 
 
+def check(config):
+    """Raises UserError on flags that cannot work together, and on folders that cannot be written."""
+    out, alone = Path(config.out).resolve(), config.base or config.dataset != "shapes"
+    if config.schedule and not config.base:
+        raise UserError("--schedule: only with --base")
+    if alone and not config.base:
+        if odd := [width for width in config.channels if width % GROUPS]:
+            raise UserError(f"--channels {odd[0]}: must be a multiple of {GROUPS}")
+        if config.image_size % (least := 2**(len(config.channels) - 1)):
+            raise UserError(f"--image-size {config.image_size}: must be a multiple of {least}")
+    for name, path in (("--out", config.out), ("--runs", config.runs)):
+        check_writable(Path(path, CHECKSUMS), name, deep=True)
+    # The mini models lie in Config.out, each in a folder of its own.
+    kept = alone and out in [Path(path).resolve() for path in (Config.out, config.base) if path]
+    other = alone and out.exists() and any(out.iterdir()) and not (out / "model_index.json").exists()
+    if kept or other:
+        raise UserError(f"--out {config.out}: would be replaced as a whole; give a folder of its own")
+
+
 def main(argv):
     """The mini models, or a teacher for pictures, or a pipeline trained on."""
     config = parse_config(Config, PRESETS, argv, __doc__.splitlines()[0], preset_of)
-    out = Path(config.out).resolve()
-    if config.schedule and not config.base:
-        raise UserError("--schedule: only with --base")
-    kept = [config.base] if config.base else []
-    if config.base or config.dataset != "shapes":
-        kept.append(Config.out)  # where the mini models lie, each in a folder of its own
-    if out in [Path(path).resolve() for path in kept]:
-        raise UserError(f"--out {config.out}: would be replaced as a whole; give a folder of its own")
+    check(config)
     start_processes(choose_device(config.device))  # before CIFAR-10 is downloaded, by one of them
     if config.base:
         train_base(config)
