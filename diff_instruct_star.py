@@ -119,7 +119,8 @@ class Config(RunFlags):
     assistant_warmup: int = flag(0, "iterations at the start in which only the assistant learns", least=0)
     warmup: int = flag(1000, "after that, iterations without reward; 0 if the student starts from a one-step "
                        "model, of --student or of SwiftBrush v2's run", least=0)
-    lora_targets: tuple = flag(LORA_TARGETS, "layers of a LoRA assistant, by the ends of their names")
+    lora_targets: tuple = flag(LORA_TARGETS, "layers of a LoRA assistant, by the ends of their names",
+                               needed=True)
     rank: int = flag(64, "of a LoRA assistant; SwiftBrush v2's", least=1, most=10_000)
     alpha: int = flag(128, "of a LoRA assistant; SwiftBrush v2's", least=1)
 

@@ -100,7 +100,7 @@ class Config(RunFlags):
     t_min: int = flag(20, "lowest timestep of the distillation; SwiftBrush v1: 20", least=0)
     t_max: int = flag(980, "highest; SwiftBrush v1: 980", least=0)
     lora_targets: tuple = flag(("to_q", "to_v"), "layers of the LoRA teacher, by the ends of their names; "
-                               "SwiftBrush v1: to_q to_v")
+                               "SwiftBrush v1: to_q to_v", needed=True)
     rank: int = flag(64, "of the LoRA teacher; paper: 64", least=1, most=10_000)
     alpha: int = flag(128, "of the LoRA teacher; paper: 128", least=1)
     rank_b: int = flag(256, "of student B; paper: 256", least=1, most=10_000)

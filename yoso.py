@@ -151,7 +151,7 @@ class Config(RunFlags):
     r1_every: int = flag(8, "iterations between R1 steps, which then weigh r1_every times as much", least=1)
 
     channels: tuple = flag((128, 288, 288, 288), "from scratch: of the generator, by resolution; "
-                           "with 288 it has 47.3 M parameters; paper: 48 M", least=4, most=10_000)
+                           "with 288 it has 47.3 M parameters; paper: 48 M", least=8, most=10_000)
     layers: int = flag(2, "residual blocks a resolution; NCSN++: 2", least=1, most=100)
     attention: bool = flag(True, "at the second resolution (16 x 16 of 32) and in the middle, as NCSN++")
     latent_z: int = flag(100, "from scratch: size of DDGAN's latent z, 0: none; DDGAN: 100", least=0,

@@ -280,7 +280,7 @@ def test_the_file_is_the_command(script, monkeypatch, capsys):
     (["--batch-size", "8", "--micro-batch", "3"], "--micro-batch 3: does not divide"),
     (["--batch-size", "6"], "must be a multiple of 4"),
     (["--image-size", "20", "--channels", "8", "8", "8", "8"], "--image-size 20: must be a multiple of 8"),
-    (["--channels", "3"], "--channels 3: must be at least 4"),
+    (["--channels", "7"], "--channels 7: must be at least 8"),
     (["--channels", "8", "--attention"], "--attention True: must be off"),
     (["--levels", "0"], "--levels 0: must be at least 1"),
     (["--r1-every", "0"], "--r1-every 0: must be at least 1"),

@@ -197,7 +197,7 @@ def train(config, name, build, loss_of, dataset):
     optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
     ema = EMA(module.named_parameters(), 0.998)
 
-    def loss_and_parts(p):
+    def loss_module(p):
         loss, parts = loss_of(module, p.x0, p.captions, draw, first)
         return loss, dict(loss=loss, **parts)
 
@@ -208,7 +208,7 @@ def train(config, name, build, loss_of, dataset):
         warmup, decay = min(1, 20 * progress + 0.01), (1 + math.cos(math.pi * progress)) / 2
         optimizer.param_groups[0]["lr"] = lr * warmup * decay
         draw, first = run.draws(iteration), iteration * batch_size + run.rows.start
-        losses = run.descend(optimizer, run.split(x0=x0, captions=captions), loss_and_parts, 1.0)
+        losses = run.descend(optimizer, run.split(x0=x0, captions=captions), loss_module, 1.0)
         ema.update()
         if run.finish_iteration(iteration, losses):
             break
