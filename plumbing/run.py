@@ -234,6 +234,7 @@ class Run:
         try:
             dist.all_reduce(tensor, operation, group=self.steps if tensor.device.type == "cpu" else None)
         except RuntimeError:
+            self.bar.close()
             lost = ", ".join(map(str, silent_ranks())) or "unknown"
             raise UserError(f"rank {lost}: has ended, or did not answer for --timeout {self.config.timeout} "
                             f"seconds, stopped; {self._kept()}; the same command continues")
@@ -352,13 +353,16 @@ class Run:
         # Between log lines nothing is read from the device. A loss is averaged over the iterations with it.
         self.window.append((done, {name: value.detach() for name, value in losses.items()}))
         self.bar.update()
-        if shows or saves or done % config.log_every == 0:
-            means = self.check_finite(done, shows or saves)
-            self._log(done, means)
-        if shows and self.shows:
-            save_grid(draw(), self.out / "samples" / f"{done:07d}.png")
-        if saves:
-            self.save(done)
+        try:
+            if shows or saves or done % config.log_every == 0:
+                self._log(done, self.check_finite(done, shows or saves))
+            if shows and self.shows:
+                save_grid(draw(), self.out / "samples" / f"{done:07d}.png")
+            if saves:
+                self.save(done)
+        except UserError:
+            self.bar.close()  # its line would hold the message too
+            raise
         if shows or saves:
             self.wait()
         return self.signal > 0
@@ -404,7 +408,6 @@ class Run:
             self._stop(f"iteration {done}: {list(state)[finite.tolist().index(0)]} is not finite")
 
     def _stop(self, reason):
-        self.bar.close()
         raise UserError(f"{reason}, stopped; {self._kept()}; lower --lr, or use --precision fp32")
 
     def _log(self, done, means):
