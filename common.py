@@ -296,8 +296,9 @@ def draw_samples(student, codec, prompts, seed):
 
 @torch.no_grad()
 def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
-    """The pictures that a teacher's DDIM draws from the noise of draw_samples."""
-    pictures = []
+    """The pictures that a teacher's DDIM draws from the noise of draw_samples, in all its timesteps at most.
+    """
+    pictures, steps = [], min(steps, len(teacher.schedule))
     for y, z in chunks_of(prompts, codec, seed):
         x0 = ddim_sample(teacher, z, steps, codec.cond(y), codec.null(len(y)), guidance_scale)
         pictures.append(codec.decode(x0).clamp(-1, 1).cpu())
@@ -431,7 +432,7 @@ def class_labels(prompts, classes):
         found = [name for name in classes if names[name] in words]
         if not found:
             raise UserError(f"prompt {prompt!r}: names no class of the model; its classes are "
-                            f"{', '.join(classes)}")
+                            f"{one_line(', '.join(classes))}")
         labels.append(classes.index(max(found, key=len)))
     return torch.tensor(labels)
 

@@ -251,6 +251,9 @@ def load_networks(config, device):
     if config.t_max >= len(teacher.schedule):
         last = len(teacher.schedule) - 1
         raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {last}")
+    if config.regularise and config.regularise_steps > len(teacher.schedule):
+        raise UserError(f"--regularise-steps {config.regularise_steps}: the model has "
+                        f"{len(teacher.schedule)} timesteps")
     if not codec.has_null and (tuple(config.guidance), config.teacher_guidance) != ((1.0,), 1.0):
         raise UserError(f"--guidance {config.guidance} --teacher-guidance {config.teacher_guidance}: "
                         f"{config.model} has no empty condition to guide by; "

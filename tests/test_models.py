@@ -8,7 +8,7 @@ import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from helpers import perturb, plain
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2 import functional as TF
 
 import common
@@ -29,7 +29,7 @@ from common import (
     use_lora,
 )
 from plumbing.data import load_prompts
-from plumbing.students import save_lora
+from plumbing.students import export_one_step, save_lora
 
 PROMPTS = ["a large red circle on white", "a small blue square on black"]
 BUILDERS = dict(sd=tiny.sd, sdxl=tiny.sdxl, pixart=tiny.pixart)
@@ -201,6 +201,70 @@ def test_damaged_parts_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="missing or damaged"):
         load(str(path))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart"])
+def test_a_model_with_missing_weights_is_refused(tmp_path, kind):
+    """Of every part: the libraries would go on with random numbers, or with none."""
+    path = tmp_path / kind
+    getattr(tiny, kind)().save_pretrained(path)
+    files = sorted(path.glob("*/*.safetensors"))
+    assert len(files) == (4 if kind == "sdxl" else 3)
+    for file in files:
+        whole, state = file.read_bytes(), load_file(file)
+        for lost in (sorted(state)[0], sorted(state)[-1]):
+            kept = {key: value for key, value in state.items() if key != lost}
+            save_file(kept, file, dict(format="pt"))
+            message = f"{file.parent.name} lacks the weights .*{lost.split('.')[-2]}"
+            with pytest.raises(UserError, match=message):
+                load(str(path))
+        file.write_bytes(whole)
+    load(str(path))
+
+
+def test_a_decoder_with_missing_weights_is_refused(tmp_path):
+    tiny.vae(tiny=True).save_pretrained(tmp_path / "tae")
+    _, codec = load_tiny(tmp_path)
+    file = tmp_path / "tae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state.pop("decoder.layers.0.weight")
+    save_file(state, file, dict(format="pt"))
+    with pytest.raises(UserError, match="lacks the weights decoder.layers.0.weight"):
+        load_decoder(str(tmp_path / "tae"), codec)
+
+
+def load_tiny(folder):
+    """A tiny Stable Diffusion, saved and loaded."""
+    tiny.sd().save_pretrained(folder / "sd")
+    return load(str(folder / "sd"))
+
+
+def test_the_exported_tokenizer_is_the_loaded_one(tmp_path):
+    """Byte for byte, whatever was tokenised, with padding or without, before the export."""
+    start, codec = load_tiny(tmp_path)
+    (tmp_path / "sd" / "tokenizer" / "more.txt").write_text("kept too")
+    start, codec = load(str(tmp_path / "sd"))
+    codec.cond(["a large red circle on white"])
+    codec.pipe.tokenizer(["a circle"], padding="max_length", max_length=9, truncation=True)
+    export_one_step(codec, start.net, "epsilon", tmp_path / "out")
+    files = lambda name: {f.name: f.read_bytes() for f in (tmp_path / name / "tokenizer").iterdir()}
+    assert files("out") == files("sd") and len(files("out")) > 2
+    codec.pipe.save_pretrained(tmp_path / "plain")
+    assert files("plain") != files("sd"), "the library alone would write what was left of the last call"
+    load(str(tmp_path / "out"))
+
+
+def test_ddim_has_at_most_a_step_a_timestep(tmp_path):
+    """More would repeat timesteps; pictures for a comparison then take all timesteps."""
+    denoiser, codec = load_tiny(tmp_path)
+    few = Denoiser(denoiser.net, denoiser.schedule.up_to(9), "epsilon")
+    z, cond = torch.randn(1, *codec.shape), codec.cond(["a circle"])
+    assert ddim_sample(few, z, 10, cond).isfinite().all()
+    for steps in (11, 0, -1):
+        with pytest.raises(UserError, match=f"DDIM of {steps} steps: the model has 10 timesteps"):
+            ddim_sample(few, z, steps, cond)
+    ten, many = (draw_many_steps(few, codec, ["a circle"], steps, 1.0) for steps in (10, 25))
+    assert torch.equal(ten, many)
 
 
 def test_lora_files_that_do_not_fit_are_refused(pipes, tmp_path):

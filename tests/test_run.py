@@ -233,7 +233,34 @@ def test_broken_pictures_are_counted_and_not_fatal(tmp_path, capsys):
     (folder / "3.png").write_bytes(b"broken")
     yoso.train(tiny_config(tmp_path / "run", dataset=str(folder), iterations=2))
     assert metrics(tmp_path / "run")[-1]["skipped_pictures"] == 1
-    assert re.search(r"skipped.*3\.png \(1 so far\)", capsys.readouterr().err)
+    assert re.search(r"skipped.*3\.png \(not a picture\) \(1 so far\)", capsys.readouterr().err)
+
+
+def test_changed_pictures_are_told(tmp_path, capsys):
+    """At the next start, once; not where nothing has changed. So are changed prompts."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 20), (i * 20, 0, 0)).save(folder / f"{i}.png")
+    train = lambda iterations: yoso.train(tiny_config(tmp_path / "run", dataset=str(folder), lr_decay=0.0,
+                                                      iterations=iterations))
+    told = lambda: capsys.readouterr().err.count(f"--dataset {folder}: changed since iteration")
+    train(1)
+    train(2)
+    assert told() == 0
+    Image.new("RGB", (20, 20), (0, 99, 0)).save(folder / "4.png")
+    train(3)
+    assert told() == 1
+    train(4)
+    assert told() == 0
+    run = run_of(tmp_path / "prompts")
+    run.begin({})
+    next(run.prompts(["a"] * 9))
+    run.save(1)
+    run.end()
+    for prompts, times in ((["a"] * 9, 0), (["b"] * 9, 1)):
+        next(run_of(tmp_path / "prompts").prompts(prompts))
+        assert capsys.readouterr().err.count("--prompts: changed since iteration 1") == times
 
 
 # A whole run from scratch

@@ -191,6 +191,10 @@ def test_pixel_space(folder, tmp_path):
     with pytest.raises(UserError, match="--guidance 1 --teacher-guidance 1"):
         model("plain")
     model("plain", "--preset", "cifar10", "--stage", "a")
+    (tmp_path / "classes" / "classes.json").write_text('["cat", "dog", "bird"]')  # which leaves no null class
+    model("classes", "--decoder", "", "--stage", "a", "--out", tmp_path / "three", "--guidance", 1,
+          "--teacher-guidance", 1, "--null-share", 0.9)
+    assert metrics(tmp_path / "three" / "a")[0]["L_lora_teacher"] > 0
     assert (tmp_path / "out" / "plain" / "a" / "pipeline" / "model_index.json").exists()
 
 
@@ -295,6 +299,10 @@ def test_wrong_input(folder, tmp_path):
     other = tiny.sd()
     other.unet = tiny.unet(width=24)
     other.save_pretrained(tmp_path / "other")
+    short = tiny.sd()
+    short.scheduler = tiny.scheduler(num_train_timesteps=100)
+    short.save_pretrained(tmp_path / "short")
+    steps = ["--t-max", 50, "--regularise", "pairs", "--regularise-steps", 101]
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     for more, message in (
@@ -302,6 +310,7 @@ def test_wrong_input(folder, tmp_path):
             (["--student", tmp_path / "other"], "another architecture"), (["--t-max", 1000], "0 to 999"),
             (["--stage", "merge"], "run --stage a first"), (["--decoder", tmp_path], "--decoder"),
             (["--clip", tmp_path], "CLIPModel"), (["--model", "nobody/nothing"], "hub"),
+            (["--model", tmp_path / "short", *steps], "--regularise-steps 101: the model has 100 timesteps"),
             (["--lora-targets", "nope"], "--lora-targets nope: the network has no such layer"),
             (["--resume", tmp_path], "there is no checkpoint in it")):
         with pytest.raises(UserError, match=message):
