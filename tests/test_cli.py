@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+import pretrain
 import pytest
 import torch
 import torchvision
@@ -21,7 +22,15 @@ import plumbing.cli
 import swiftbrush_v2
 import yoso
 from common import UserError
-from plumbing.cli import RunFlags, bound_flags, flag, parse_config, read_config
+from plumbing.cli import (
+    RunFlags,
+    bound_flags,
+    check_writable,
+    flag,
+    parse_config,
+    read_config,
+    read_metrics,
+)
 from plumbing.run import start_processes
 
 SCRIPTS = [yoso, swiftbrush_v2, diff_instruct_star]
@@ -37,6 +46,7 @@ class Flags(RunFlags):
     widths: tuple = flag((8, 16), "of the layers", least=4, most=64)
     kind: str = flag("", "of noise", choices=("", "white", "pink"))
     flip: bool = flag(False, "the pictures")
+    place: str = flag("here", "of it", needed=True)
 
 
 PRESETS = {"plain": {}, "wide": dict(widths=(32,), rate=2.0, flip=True), "deep": dict(rate=3.0)}
@@ -63,6 +73,9 @@ def parse(*argv, **options):
     (["--kind", "brown"], "--kind brown: must be one of white, pink"),
     (["--seed", "-1"], "--seed -1: must be at least 0 and below 2**63"),
     (["--seed", 2**63], "must be at least 0 and below 2**63"),
+    (["--log-every", 2**31], "--log-every 2147483648: must be at least 1 and below 2**31"),
+    (["--workers", 1001], "--workers 1001: must be at least 0 and at most 1000"),
+    (["--place", ""], "--place '': must be given"),
     (["--preset", "huge"], "--preset huge: unknown; choose one of plain, wide, deep")])
 def test_a_value_out_of_range(argv, words):
     with pytest.raises(UserError) as refused:
@@ -72,27 +85,38 @@ def test_a_value_out_of_range(argv, words):
 
 @pytest.mark.parametrize("name, value", [
     ("rate", 1e-9), ("limit", math.inf), ("free", -1e30), ("share", 0.0), ("widths", (4, 64)), ("kind", ""),
-    ("seed", 2**63 - 1)])
+    ("seed", 2**63 - 1), ("log-every", 2**31 - 1), ("kind", "white"), ("place", " ")])
 def test_the_ends_of_a_range_are_in_it(name, value):
     words = [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
-    assert getattr(parse(*words), name) == value
+    assert getattr(parse(*words), name.replace("-", "_")) == value
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [*SCRIPTS, pretrain], ids=lambda script: script.__name__)
 def test_no_number_of_a_method_may_be_negative_infinite_or_nan(script):
-    """-1, and for floats NaN and infinity, which only a limit that can be off takes."""
+    """-1, for integers what no machine has, for floats NaN and infinity, which only a limit takes."""
     checked = 0
     for field in dataclasses.fields(script.Config):
         kind = type(field.default[0]) if field.type is tuple else field.type
         if kind not in (int, float):
             continue
         infinity = [] if field.metadata["infinite"] else [math.inf]
-        for value in [kind(-1)] if kind is int else [-1.0, math.nan, -math.inf, *infinity]:
+        for value in [-1, 10**400] if kind is int else [-1.0, math.nan, -math.inf, *infinity]:
             values = (field.default[0], value) if field.type is tuple else value
             with pytest.raises(UserError, match=f"^--{field.name.replace('_', '-')} {value}: must be "):
                 plumbing.cli.check_flag(field.name, values, field.metadata)
         checked += 1
-    assert checked > 20
+    assert checked > (20 if script in SCRIPTS else 7)
+
+
+@pytest.mark.parametrize("script, names", [
+    (yoso, ["out"]), (swiftbrush_v2, ["out", "model", "dataset", "lora_targets"]),
+    (diff_instruct_star, ["out", "model", "dataset", "lora_targets"]),
+    (pretrain, ["out", "runs", "dataset"])],
+    ids=lambda value: getattr(value, "__name__", ""))
+def test_a_name_that_is_needed(script, names, monkeypatch, capsys):
+    """An empty folder would be the present one."""
+    for name in (name.replace("_", "-") for name in names):
+        assert f"--{name} '': must be given" in fails(monkeypatch, capsys, script, f"--{name}=")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -180,8 +204,58 @@ def test_a_configuration_is_read_back(tmp_path):
         read_config(Flags, tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize("changed, words", [
+    (dict(rate="fast"), "--rate fast: must be of the type float"), (dict(flip=1), "--flip 1: must be of the"),
+    (dict(widths=8), "--widths 8: must be of the type tuple"), (dict(rate=0), "--rate 0: must be above 0"),
+    (dict(widths=[8, "x"]), "not supported between")])
+def test_a_configuration_of_other_values(changed, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(parse()) | changed))
+    with pytest.raises(UserError, match=f"not the configuration of a run of this script .*{words}"):
+        read_config(Flags, path)
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "cannot be read .No such file"), ("", "empty, it names no iteration"),
+    ('{"iteration": 1}\nno line\n{"x": 1}', "damaged, a line names no iteration"),
+    ('{"iteration": 1}\n{broken}', "cannot be read .Expecting"), ('["iteration", {}]', "empty"),
+    ('{"iteration": ' + 10**5 * '{"a": ' + '}', "cannot be read")], ids=range(6))
+def test_a_damaged_log(text, words, tmp_path):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=f"metrics.jsonl: {words}"):
+        read_metrics(tmp_path)
+
+
+def test_the_log_of_a_run_that_was_killed(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "L_D": 2.0}\n{"iteration": 2, "L_')
+    assert read_metrics(tmp_path) == [dict(iteration=1, L_D=2.0)]
+
+
+# Files to be written
+
+@pytest.mark.parametrize("name, suffix, deep, reason", [
+    ("absent/x", "", False, "No such file or directory"), ("folder", "", True, "it is no file"),
+    ("file/x", "", True, "Not a directory"), ("/proc/x", "", True, "No such file"),
+    ("", "", False, "it is no file"), ("x.bmp", ".png", False, "it must end in .png"),
+    (f"{300 * 'x'}.png", ".png", False, "File name too long"),
+    ("file", "", False, ""), ("new", "", False, ""), ("absent/below/x.PNG", ".png", True, "")])
+def test_what_can_be_written(name, suffix, deep, reason, tmp_path, monkeypatch):
+    """Nothing is made or changed by asking."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    if reason:
+        with pytest.raises(UserError, match=f"^--x {name or repr(name)}: cannot be written .{reason}"):
+            check_writable(name, "--x", suffix, deep)
+    else:
+        check_writable(name, "--x", suffix, deep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_continued_run_repeats_the_flags_that_make_its_result():
-    own = {"preset", "rate", "limit", "free", "share", "widths", "kind", "flip"}
+    own = {"preset", "rate", "limit", "free", "share", "widths", "kind", "flip", "place"}
     assert bound_flags(Flags) == own | {"seed", "precision", "cache_latents"}
     assert bound_flags(Flags, but=("rate", "seed")) == own - {"rate"} | {"precision", "cache_latents"}
 
@@ -296,10 +370,30 @@ def test_wrong_flags(tmp_path, monkeypatch, capsys, flags, words):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_wrong_flags_of_sample(script, tmp_path, monkeypatch, capsys):
-    for name, value, words in (("--num", 0, "must be at least 1"), ("--seed", -1, "must be at least 0")):
+    for name, value, words in (
+            ("--num", 0, "must be at least 1"), ("--num", 10**9, "must be at least 1 and at most 100000"),
+            ("--seed", -1, "must be at least 0"), ("--seed", 2**64, "must be at least 0 and below 2**63"),
+            ("--grid", tmp_path, "cannot be written (it is no file)"),
+            ("--grid", "x.gif", "cannot be written (it must end in .png)"),
+            ("--grid", "/proc/x.png", "cannot be written (No such file")):
         error = fails(monkeypatch, capsys, script, "sample", "--run", tmp_path, name, value)
         assert f"{name} {value}: {words}" in error
+    assert "--run '': must be given" in fails(monkeypatch, capsys, script, "sample", "--run", "")
+    assert "--nfe" in fails(monkeypatch, capsys, script, "sample", "--run", tmp_path, "--nfe", 0)
     assert str(tmp_path) in fails(monkeypatch, capsys, script, "sample", "--run", tmp_path), "an empty folder"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--alpha", "nan"], "--alpha nan: must be finite"), (["--beta=-inf"], "--beta -inf: must be finite"),
+    (["--out", "file/x"], "--out file/x: cannot be written"), (["--out", ""], "exists already"),
+    (["--tuned"], "--tuned: expected one argument")])
+def test_wrong_flags_of_merge(flags, words, tmp_path, monkeypatch, capsys):
+    """Before any of the three pipelines is loaded."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    names = ["--base", "no", "--high", "no", "--tuned", "no", "--out", "new"]
+    assert words in fails(monkeypatch, capsys, yoso, "merge", *names, *flags)
+    assert "--base" in fails(monkeypatch, capsys, yoso, "merge"), "required"
 
 
 def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch, capsys):

@@ -191,6 +191,9 @@ def test_stages_do_not_add_up(model, tmp_path, capsys):
 @pytest.mark.parametrize("line, message", [
     ("ablate.py", "ablate.py: no such script"), ("swiftbrush_v2.py --stage merge", "nothing to forecast"),
     ("--processes 3 yoso.py --batch-size 4", "--processes 3"), ("yoso.py --image-size 17", "--image-size"),
+    ("--processes 0 yoso.py", "--processes 0: must be at least 1"), ("", "required: script, flags"),
+    ("--processes x yoso.py", "--processes: invalid int value: 'x'"),
+    ("yoso.py --speed 3", "unrecognized arguments: --speed 3"), ("yoso.py --lr nan", "--lr nan: must be"),
     ("yoso.py --preset mini-epsilon --model no/where/at/all", "no such directory")])
 def test_errors_are_one_line(line, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:

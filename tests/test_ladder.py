@@ -73,7 +73,17 @@ def test_the_table(monkeypatch, tmp_path, capsys):
     assert [(row["samples"], row["step_GB"], row["checkpointing_GB"], row["TFLOP"]) for row in rows] == [
         (2, 20, 15, 4), (4, 20, 15, 2)]
     assert "| SDXL, Diff-Instruct* | 2 | 10 | 20 | 15 | 4.0 |\n" in out and out.count("\n") == 4
-    with pytest.raises(common.UserError, match="--arms SD 3: unknown"):
-        ladder.main(["--arms", "SD 3"])
-    with pytest.raises(common.UserError, match="--processes 0"):
-        ladder.main(["--processes", "0"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--arms", "SD 3"], "--arms SD 3: unknown"), (["--processes", "0"], "--processes 0: must be at least 1"),
+    (["--processes", 10**20], "--processes .*: must be at least 1 and below"),
+    (["--samples", "1", "0"], "--samples 0: must be at least 1"), (["--samples"], "--samples: expected"),
+    (["--json", "no/where.json"], "--json no/where.json: cannot be written"),
+    (["--json", "/proc/x"], "--json /proc/x: cannot be written")])
+def test_the_ladder_names_what_is_wrong(flags, message, monkeypatch, capsys):
+    """Before the first row."""
+    monkeypatch.setattr(ladder, "memory_of", None)
+    with pytest.raises(common.UserError, match=message):
+        ladder.main(list(map(str, flags)))
+    assert not capsys.readouterr().out

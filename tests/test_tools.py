@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import re
+import runpy
 import shlex
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import ablate
@@ -18,7 +20,7 @@ import tiny
 import torch
 import torch_fidelity
 from forecast import cost_of_step
-from helpers import ROOT, TINY, random_vgg, ranks, tiny_config
+from helpers import ROOT, TINY, fails, random_vgg, ranks, tiny_config
 from PIL import Image
 
 import diff_instruct_star
@@ -130,15 +132,78 @@ def test_evaluate_two_folders(tmp_path, embed):
     assert report["frechet"] == pytest.approx(direct["frechet"], rel=1e-6)
 
 
+IMAGES = ["--images", "a", "--dataset", "a"]
+
+
 @pytest.mark.parametrize("flags, message", [
     ([], "give one of --run"), (["--run", "a", "--model", "b"], "give one of --run"),
     (["--images", "a"], "give one of --run"),
     (["--images", "no/where", "--dataset", "shapes"], "no such folder"),
-    (["--model", "a", "--json", "no/where/at.json"], "--json no/where/at.json"),
-    (["--model", "a", "--num", "4"], "--num 4")])
-def test_evaluate_names_what_is_wrong(flags, message):
+    (["--model", "a", "--json", "no/where/at.json"], "--json no/where/at.json: cannot be written"),
+    (["--model", "a", "--json", ""], "--json '': must be given"),
+    (["--model", "a", "--json", "/proc/x"], "--json /proc/x: cannot be written"),
+    (["--model", "a", "--save", "/proc/x"], "--save /proc/x: cannot be written"),
+    (["--model", "a", "--save", "tests"], "--save tests: cannot be written"),
+    (["--model", "a", "--num", "4"], "--num 4: must be at least 5"),
+    (["--model", "a", "--num", 10**9], "--num .*: must be at least 5 and at most 1e.06"),
+    (["--model", "a", "--steps", "0"], "--steps 0: must be at least 1"),
+    (["--model", "a", "--nfe", "0"], "--nfe 0: must be at least 1"),
+    (["--model", "a", "--guidance", "nan"], "--guidance nan: must be at least 0 and finite"),
+    (["--model", "a", "--guidance=-1"], "--guidance -1.0: must be at least 0"),
+    (["--model", "a", "--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--model", "a", "--seed", 2**64], "--seed .*: must be at least 0 and below 2..63"),
+    ([*IMAGES, "--size", "0"], "--size 0: must be at least 1"),
+    (["--model", "a", "--size", "8"], "--size: means nothing beside --model"),
+    (["--model", "a", "--nfe", "1", "--steps", "2"], "--steps: means nothing beside --nfe"),
+    (["--run", "a", "--guidance", "2"], "--guidance: means nothing beside --run"),
+    ([*IMAGES, "--seed", "2"], "--seed: means nothing beside --images"),
+    ([*IMAGES, "--features", ""], "--features '': must be given")])
+def test_evaluate_names_what_is_wrong(flags, message, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_features", None)  # nothing is loaded before
     with pytest.raises(UserError, match=message):
-        evaluate.main(flags)
+        evaluate.main(list(map(str, flags)))
+
+
+def test_evaluate_names_what_is_wrong_with_a_run(finished, tmp_path, monkeypatch, capsys):
+    """Before it measures: nothing is saved."""
+    refused = lambda *flags: fails(monkeypatch, capsys, evaluate, "--num", 5, *flags)
+    more = ["--save", tmp_path / "new"]
+    assert "1 to 4 network calls" in refused("--run", finished, "--nfe", 5, *more)
+    assert "leave them out" in refused("--run", finished, "--prompts", "x", *more)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json: not the configuration" in refused("--run", tmp_path, *more)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").touch()
+    assert "config.json: cannot be read" in refused("--run", tmp_path, *more)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pictures_that_cannot_be_measured(tmp_path, monkeypatch, capsys):
+    """Too few, or too few readable ones; of a folder with some unreadable ones the others are measured once.
+    """
+    folders = {"one": 1, "four": 4, "half": 12}
+    for name, number in folders.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(drawings(number)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
+    for i in range(4):
+        (tmp_path / "half" / f"{i:02d}.png").write_text("no picture")
+    monkeypatch.chdir(tmp_path)
+    refused = lambda *flags: fails(monkeypatch, capsys, evaluate, *flags)
+    few = "only {} pictures, a distance needs at least 5"
+    assert f"--images one: {few.format(1)}" in refused("--images", "one", "--dataset", "shapes")
+    assert f"--dataset four: {few.format(4)}" in refused("--images", "half", "--dataset", "four")
+    evaluate.main(["--images", "half", "--dataset", "half", "--num", "12", "--size", "16"])
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["num"] == report["reference_num"] == 8 and report["frechet"] < 1e-6
+    assert err.count("left out, cannot be read as a picture: half/0") == 8  # on either side
+    for i in range(4, 8):
+        (tmp_path / "half" / f"{i:02d}.png").write_text("no picture")
+    with pytest.raises(UserError, match=f"^--images half: {few.format(4)}"):
+        evaluate.main(["--images", "half", "--dataset", "shapes", "--num", "12"])
+    (tmp_path / "half" / "config.json").write_text("{")
+    assert "half: cannot be loaded as a CLIPModel" in refused("--model", "x", "--features", "half")
 
 
 def test_another_palette_is_read_as_what_it_shows():
@@ -195,15 +260,55 @@ def test_a_base_is_trained_on(tmp_path):
     (["--base", "sd", "--schedule", "cosine", "--out", "no"], "--schedule cosine: must be one of sd, pixart"),
     (["--base", "sd"], "--out .*replaced as a whole"), (["--dataset", "folder"], "--out .*replaced"),
     (["--base", "sd", "--out", "./sd"], "--out .*replaced"), (["--scale", "0"], "--scale 0.0: must be above"),
-    (["--schedule", "pixart", "--out", "no"], "--schedule: only with --base")])
-def test_pretrain_names_what_is_wrong(flags, message):
+    (["--dataset", "folder", "--out", "tools"], "--out tools: would be replaced as a whole"),
+    (["--dataset", "folder", "--out", "."], "--out .: would be replaced as a whole"),
+    (["--schedule", "pixart", "--out", "no"], "--schedule: only with --base"),
+    (["--scale", "inf"], "--scale inf: must be above 0 and at most 1000 and finite"),
+    (["--dataset", "folder", "--out", "no", "--channels", "16", "40"], "--channels 40: .* multiple of 16"),
+    (["--dataset", "folder", "--out", "no", "--image-size", "18"], "--image-size 18: .* multiple of 4"),
+    (["--out", "LICENSE"], "--out LICENSE/.*: cannot be written"),
+    (["--dataset", "folder", "--out", "/proc/x"], "--out /proc/x/.*: cannot be written"),
+    (["--runs", "LICENSE/x"], "--runs LICENSE/x/.*: cannot be written"),
+    (["--base", "no/where", "--out", "no"], "no/where: neither a local directory nor"),
+    (["--base", "assets/mini-clip", "--out", "no"], "assets/mini-clip: not a diffusers pipeline"),
+    (["--base", "assets/mini-sd", "--out", "no", "--dataset", "nowhere"], "--dataset nowhere: unknown"),
+    (["--dataset", "assets/mini-clip", "--out", "no"], "--dataset assets/mini-clip: no pictures")])
+def test_pretrain_names_what_is_wrong(flags, message, monkeypatch):
+    """Before anything is trained."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pretrain, "train", None)
     with pytest.raises(UserError, match=message):
-        pretrain.main(flags)
+        pretrain.main([*flags, "--device", "cpu"])
+
+
+def test_pretrain_without_room(tmp_path, monkeypatch):
+    """What was there before stays."""
+    def save(path):
+        path.mkdir()
+        raise OSError(28, "No space left on device")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="out: cannot be written .No space left on device"):
+        pretrain.write(tmp_path / "out", save)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ablate.py and plot.py
 
-def test_ablation_rows_are_kept(tmp_path):
+@pytest.mark.parametrize("flags, message", [
+    (["--iterations", "-1"], "--iterations -1: must be at least 0"), (["--jobs", "0"], "--jobs 0: must be"),
+    (["--num", "0"], "--num 0: must be at least 5"), (["--seeds", "0", "-1"], "--seeds -1: must be at least"),
+    (["--arms", "GAN"], "--arms GAN: unknown"), (["--out", ""], "--out '': must be given"),
+    (["--out", "LICENSE"], "--out LICENSE/.*: cannot be written"), (["--out", "/proc/x"], "--out /proc/x/"),
+    (["--table", "--out", "no/where"], "--out no/where: there is no such folder"),
+    (["--job", "2"], "unrecognized arguments: --job 2"), (["GAN"], "unrecognized arguments: GAN")])
+def test_ablate_names_what_is_wrong(flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ablate, "run_row", None)
+    with pytest.raises(UserError, match=message):
+        ablate.main(["yoso", *flags])
+
+
+def test_ablation_rows_are_kept(tmp_path, monkeypatch):
     """An existing row is not run again, and does not stand for another setting."""
     columns = ablate.COLUMNS["yoso"]
     rows = [dict(arm="yoso", seed=s, num=10, flags=["--iterations", "10", "--seed", str(s)]) | dict.fromkeys(
@@ -213,8 +318,28 @@ def test_ablation_rows_are_kept(tmp_path):
     assert [ablate.run_row("yoso", "yoso", s, 10, tmp_path, 10) for s in (0, 1)] == rows
     with pytest.raises(UserError, match="choose another --out"):
         ablate.run_row("yoso", "yoso", 0, 20, tmp_path, 10)
+    monkeypatch.setattr(ablate, "train", None)  # not even of the arms before it
+    flags = ["yoso", "--seeds", "3", "1", "--iterations", "20", "--num", "10", "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="choose another --out"):
+        ablate.main(flags)
+    (tmp_path / "yoso-seed1.json").write_text('{"arm": ')
+    with pytest.raises(UserError, match="yoso-seed1.json: cannot be read"):
+        ablate.main(flags)
     table = ablate.table("yoso", rows)
     assert "| yoso | 2 | 0.5 ± 0.71 |" in table and "| UFOGen | 0 | not run |" in table
+
+
+class InThisThread:
+    """Stands for a ThreadPoolExecutor: a run catches signals, which only the main thread can."""
+
+    def __init__(self, jobs):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
 
 def in_this_process(command, stdout, stderr):
@@ -231,11 +356,16 @@ def in_this_process(command, stdout, stderr):
 def test_an_ablation_is_trained_and_measured(tmp_path, monkeypatch, capsys):
     """What fails is named, and its row is tried again next time; the curves and the rows are drawn."""
     monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(ablate, "ThreadPoolExecutor", InThisThread)
     monkeypatch.setitem(ablate.YOSO, "UFOGen", (["--adversary", "none"], None, None))
-    row, failed = (ablate.run_row("yoso", arm, 7, 4, tmp_path, 10) for arm in ("no consistency", "UFOGen"))
-    assert "--adversary none: must be one of" in failed["failed"]
-    assert "ufogen-seed7: not run: --adversary none" in capsys.readouterr().err
-    assert row == json.loads((tmp_path / "no-consistency-seed7.json").read_text())
+    flags = ["--seeds", "7", "7", "--iterations", "4", "--num", "10", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        ablate.main(["yoso", "--arms", "UFOGen", "no consistency", *flags])
+    table, errors = capsys.readouterr()
+    assert errors.count("ufogen-seed7: not run: --adversary none: must be one of") == 1
+    assert stopped.value.code == 1 and errors.endswith("\nablate.py: failed: ufogen-seed7\n")
+    assert "| no consistency | 1 |" in table and "| UFOGen | 0 | not run |" in table
+    row = json.loads((tmp_path / "no-consistency-seed7.json").read_text())
     assert (row["iterations"], row["num"], row["seed"]) == (4, 10, 7) and row["minutes"] >= 0
     ablate.main(["yoso", "--table", "--out", str(tmp_path)])
     table = capsys.readouterr().out
@@ -244,6 +374,67 @@ def test_an_ablation_is_trained_and_measured(tmp_path, monkeypatch, capsys):
     plot.main([str(run), str(run), "--keys", "L_D", "L_adv", "--png", str(curves)])
     plot.main([str(tmp_path), "--arms", "no*", "--keys", "frechet", "recall", "--png", str(rows)])
     assert Image.open(curves).size[0] > 1.5 * Image.open(curves).size[1] and min(Image.open(rows).size) > 300
+    refused = lambda *flags: fails(monkeypatch, capsys, plot, *flags, "--png", tmp_path / "no.png")
+    unknown = refused(run, "--keys", "L_D", "frechet")
+    assert f"--keys frechet: no number of {run}; it has iteration, L_D" in unknown
+    arms = lambda pattern, *keys: refused(tmp_path, "--arms", pattern, "--keys", *keys)
+    assert "--arms none*: " in arms("none*", "frechet", "recall")
+    assert "--keys L_adv: no number of" in arms("no*", "frechet", "L_adv")
+    assert "--keys method: no number of" in arms("no*", "frechet", "method")
+    assert "takes one folder of an ablation, and two --keys" in arms("no*", "frechet")
+    (tmp_path / "damaged.json").write_text("{")
+    assert "damaged.json: cannot be read" in arms("no*", "frechet", "recall")
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize("files, reason", [
+    ({}, "not run: .*metrics.jsonl: cannot be read"),
+    ({"metrics.jsonl": "{broken}"}, "not run: .*metrics.jsonl: cannot be read"),
+    ({"metrics.jsonl": '{"iteration": 4, "images_per_second": 1}'}, "not run: .*config.json: cannot be read"),
+    ({"metrics.jsonl": '{"iteration": 4, "images_per_second": 1}', "config.json": "{}"}, "damaged, it lacks"),
+    ({"metrics.jsonl": '{"iteration": 4, "images_per_second": 1}', "config.json": '{"batch_size": 1}'},
+     "damaged, it lacks 'L_D'"),
+    ({"metrics.jsonl": '{"iteration": 4, "images_per_second": 1, "L_D": 1}',
+      "config.json": '{"batch_size": 1, "lr": "x"}'}, "config.json: not the configuration")], ids=range(6))
+def test_an_arm_whose_run_is_damaged(files, reason, tmp_path, monkeypatch, capsys):
+    """It has failed, in one line; as does one that was killed, or whose script said nothing."""
+    def run(command, stdout, stderr):
+        command[-1].mkdir()
+        for name, text in files.items():
+            (command[-1] / name).write_text(text)
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert "failed" in ablate.run_row("yoso", "yoso", 0, 4, tmp_path, 10)
+    assert re.fullmatch(f"yoso-seed0: .*{reason}.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "yoso-seed0.json").exists()
+
+
+@pytest.mark.parametrize("code, reason", [(-9, "seed0.log: ended by signal 9"), (1, "")])
+def test_an_arm_that_says_nothing(code, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))
+    assert reason in ablate.run_row("yoso", "yoso", 0, 4, tmp_path, 10)["failed"]
+    assert re.fullmatch(f"yoso-seed0: not run: .*{reason}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["absent"], "absent/metrics.jsonl: cannot be read .No such file"),
+    (["empty"], "metrics.jsonl: empty, it names no iteration"), (["empty/metrics.jsonl"], "Not a directory"),
+    (["empty", "--png", "absent/x.png"], "--png absent/x.png: cannot be written .No such file"),
+    (["empty", "--png", "empty"], "--png empty: cannot be written .it is no file"),
+    (["empty", "--png", "x.doc"], "--png x.doc: cannot be written .it must end in .png"),
+    (["empty", "--png", ""], "--png '': cannot be written"), (["empty", "--log"], "--log: only with --arms"),
+    (["empty", "empty", "--arms", "x", "--keys", "a", "b"], "--arms: takes one folder"),
+    (["empty", "--arms", "x", "--keys", "a", "b"], "--arms x: empty has no row"), ([], "runs")])
+def test_plot_names_what_is_wrong(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", [plot.__file__, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(plot.__file__, run_name="__main__")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.fullmatch(f"plot.py: .*{message}.*\n", error)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 @pytest.mark.parametrize("method", ablate.ARMS)
@@ -344,10 +535,20 @@ def test_benchmark_of_diff_instruct(tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--batch-size", "9", "--processes", "2"], "--batch-size 9 is not divisible"),
     (["--processes", "1"], "--processes 1: must be"), (["--repeats", "0"], "--repeats 0: must be"),
-    (["--rank", "4"], "--rank 4: needs --model"), (["--lr", "-1"], "--lr -1.0: must be above 0")])
-def test_the_benchmark_names_what_is_wrong(flags, message):
+    (["--processes", "0"], "--processes 0: must be"), (["--repeats", 10**12], "--repeats .*: .* below 2..31"),
+    (["--rank", "4"], "--rank 4: needs --model"), (["--lr", "-1"], "--lr -1.0: must be above 0"),
+    (["--json", "no/where.json"], "--json no/where.json: cannot be written"),
+    (["--json", ""], "--json '': cannot be written"), (["--apart"], "--apart: only with --only-rate"),
+    (["--speed", "3"], "unrecognized arguments: --speed 3"), (["--repeats", "x"], "--repeats: invalid int")])
+def test_the_benchmark_names_what_is_wrong(flags, message, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure", None)
     with pytest.raises(UserError, match=message):
-        benchmark.main(["yoso", *flags])
+        benchmark.main(["yoso", *map(str, flags)])
+
+
+def test_the_benchmark_of_another_script():
+    with pytest.raises(UserError, match="method: invalid choice: 'evaluate'"):
+        benchmark.main(["evaluate"])
 
 
 def rate_here(folder, apart):

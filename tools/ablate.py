@@ -172,7 +172,9 @@ def train(method, flags, run, log):
     """Runs the method's script, which writes to the log; if it fails, UserError has its last line."""
     script = Path(__file__).parent.parent / f"{'yoso' if method.startswith('yoso') else method}.py"
     command = [sys.executable, script, *flags, "--out", run]
-    with writing(log), open(log, "a") as file:
+    with writing(log):
+        file = open(log, "a")
+    with file:
         code = subprocess.run(command, stdout=file, stderr=file).returncode
     if code < 0:
         raise UserError(f"{log}: ended by signal {-code}")

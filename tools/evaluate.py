@@ -331,6 +331,8 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
              steps=25, guidance=1.0, prior=True, seed=0, size=32, features="random-conv", clip=None,
              reward=None, judge=None, save=None, device="auto"):
     """The report, as a dict; the arguments are the command's flags."""
+    if images and not Path(images).is_dir():
+        raise UserError(f"--images {images}: there is no such folder")
     if save and Path(save).exists():
         raise UserError(f"--save {save}: exists already; choose a new folder")
     device, wanted = choose_device(device), None
@@ -370,8 +372,6 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
             chunks = many_step_chunks(denoiser, codec, texts, steps, guidance, seed)
             source |= dict(steps=steps, sampler="ddim", guidance=guidance)
     else:
-        if not Path(images).is_dir():
-            raise UserError(f"--images {images}: there is no such folder")
         folder = Folder(images, size)
         num = enough(f"--images {images}", min(num, len(folder)))
         chunks, source = dataset_chunks(folder, num), dict(images=str(images))
