@@ -225,14 +225,20 @@ class Run:
             write_text(log, "\n".join(kept))
 
     def wait(self):
-        """Waits, however long, until all processes are here: after work that only the first one has."""
+        """Waits until all processes are here, after work that only the first has: for torch's half an hour.
+
+        Raises UserError if a process has ended.
+        """
         if self.world > 1:
-            dist.barrier()
+            self._exchange(dist.barrier)
 
     def _reduce(self, tensor, operation=dist.ReduceOp.SUM):
-        """all_reduce within a step. Raises UserError if a process has ended, or does not answer in time."""
+        group = self.steps if tensor.device.type == "cpu" else None
+        self._exchange(lambda: dist.all_reduce(tensor, operation, group=group))
+
+    def _exchange(self, exchange):
         try:
-            dist.all_reduce(tensor, operation, group=self.steps if tensor.device.type == "cpu" else None)
+            exchange()
         except RuntimeError:
             self.bar.close()
             lost = ", ".join(map(str, silent_ranks())) or "unknown"
