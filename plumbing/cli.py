@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common import UserError, one_line
+from plumbing.files import silent_ranks
 
 SEED = dict(least=0, below=2**63)
 
@@ -218,7 +219,16 @@ def run_command(main):
         # One from a process that reads pictures comes with its traceback, whose end it is.
         tell(str(error).rsplit("common.UserError: ", 1)[-1])
         sys.exit(2)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # whoever reads the output has had enough
+            sys.stdout = None
+        tell(f"{error.filename or 'the output'}: {error.strerror}")
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
+        if dist.is_initialized() and "gloo" in str(error):
+            lost = ", ".join(map(str, silent_ranks())) or "unknown"
+            tell(f"rank {lost}: has ended, or does not answer; the same command goes on from what is saved")
+            sys.exit(2)
         # torch has a class of its own for the memory of accelerators alone.
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise

@@ -280,8 +280,9 @@ def processes_of(number, *command):
                   | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(number)]
 
 
-@pytest.mark.parametrize("sent, then", [(signal.SIGKILL, None), (signal.SIGSTOP, None),
-                                        (signal.SIGSTOP, signal.SIGTERM)])
+@pytest.mark.parametrize("sent, then", [
+    (signal.SIGSTOP, None), pytest.param(signal.SIGKILL, None, marks=pytest.mark.slow),
+    pytest.param(signal.SIGSTOP, signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_process_that_is_lost_ends_the_others(tmp_path, sent, then):
     """One that has died, or hangs, is named with the last checkpoint, after the time-out at the latest."""
     flags = [*TINY, "--batch-size", "12", "--iterations", "100000", "--save-every", "10", "--timeout", "6"]
@@ -302,6 +303,45 @@ def test_a_process_that_is_lost_ends_the_others(tmp_path, sent, then):
     lines = [line for error in errors for line in error.splitlines() if "rank 1: has ended" in line]
     assert lines and all("the checkpoint of iteration" in line and "--timeout 6" in line for line in lines)
     assert not any("Traceback" in error for error in errors), errors
+
+
+LOST_OUTSIDE_A_STEP = """
+import os, sys, torch
+from plumbing.cli import run_command
+from plumbing.files import gathered
+from plumbing.run import start_processes
+def main(argv):
+    start_processes(torch.device("cpu"))
+    gathered(1)
+    if os.environ["RANK"] == "1":
+        os._exit(1)
+    gathered(2)
+run_command(main)
+"""
+
+
+def test_a_process_that_is_lost_outside_of_a_step_is_named(tmp_path):
+    (tmp_path / "script.py").write_text(LOST_OUTSIDE_A_STEP)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(ROOT))
+        group = processes_of(2, tmp_path / "script.py")
+    error = group[0].communicate(timeout=100)[1]
+    group[1].communicate()
+    assert group[0].returncode == 2
+    assert error.startswith("script.py: rank 1: has ended, or does not answer") and error.count("\n") == 1
+
+
+def fill_up(argv):
+    """A main that writes to a full disk."""
+    with open("/dev/full", "w") as file:
+        file.write("x" * 10**6)
+
+
+def test_a_write_that_nobody_foresaw_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(fill_up)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("the output: No space left on device\n")
 
 
 # Pickles
