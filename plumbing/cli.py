@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from common import UserError, one_line
 from plumbing.files import silent_ranks
@@ -79,7 +80,7 @@ def allowed(limits):
         return "one of " + ", ".join(str(choice) for choice in limits["choices"] if choice != "")
     words = dict(above="above", least="at least", below="below", most="at most")
     bounds = {name: limits[name] for name in words if limits.get(name) is not None}
-    return " and ".join(f"{words[name]} {bound:g}" if abs(bound) < 2**53 else f"{words[name]} 2**63"
+    return " and ".join(f"{words[name]} {bound if abs(bound) < 2**53 else '2**63'}"
                         for name, bound in bounds.items())
 
 
@@ -222,7 +223,8 @@ def run_command(main):
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # whoever reads the output has had enough
             sys.stdout = None
-        tell(f"{error.filename or 'the output'}: {error.strerror}")
+        place = error.filename or "the output"
+        tell(f"{place}: {error.strerror}" if error.strerror else one_line(error))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if dist.is_initialized() and "gloo" in str(error):
@@ -255,6 +257,8 @@ def tell(text):
             first = local == 0
     else:
         time.sleep(2 * local)  # meanwhile torchrun ends this process, if a lower one has failed too
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # or the line would stand behind it
     if first:
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 

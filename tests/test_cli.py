@@ -16,6 +16,7 @@ import torch
 import torchvision
 from helpers import TINY, fails, ranks
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import diff_instruct_star
 import plumbing.cli
@@ -288,9 +289,15 @@ def test_an_error_is_one_line(monkeypatch, capsys):
         code, text = told(monkeypatch, capsys, error)
         assert code == 2 and text.startswith("script.py: out of memory (") and text.count("\n") == 1
         assert "lower --batch-size" in text
+    for error, line in ((OSError("no model"), "no model"), (OSError(28, "no room"), "the output: no room"),
+                        (OSError(28, "no room", "x.png"), "x.png: no room")):
+        assert told(monkeypatch, capsys, error) == (2, f"script.py: {line}\n")
     assert told(monkeypatch, capsys, KeyboardInterrupt()) == (130, "script.py: stopped by Ctrl-C\n")
     with pytest.raises(RuntimeError, match="a fault of ours"):
         told(monkeypatch, capsys, RuntimeError("a fault of ours"))
+    bar = tqdm(total=3)
+    code, text = told(monkeypatch, capsys, plain)
+    assert text.replace("\r", "\n").splitlines()[-1] == f"script.py: {plain}" and bar.disable
 
 
 class Unreadable(Dataset):

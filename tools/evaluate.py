@@ -294,7 +294,7 @@ def measure(chunks, num, embed, scorers, with_shapes, save=None, title="pictures
 def enough(source, number):
     """The number of pictures. Raises UserError if they are too few for a distance."""
     if number < FEWEST:
-        raise UserError(f"{source}: only {number} pictures, a distance needs at least {FEWEST}")
+        raise UserError(f"{source}: too few pictures ({number}), a distance needs at least {FEWEST}")
     return number
 
 
@@ -355,6 +355,8 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
         denoiser, codec = load(model, device, lora)
         if guidance != 1 and not codec.guided:
             raise UserError(f"--guidance {guidance}: {model} has no condition; use --guidance 1")
+        if prompts and not codec.guided:
+            raise UserError(f"--prompts {prompts}: {model} has no condition; leave them out")
         size = codec.picture_size
         if not dataset and size > 64:
             raise UserError(f"--model {model}: draws {size} x {size} pixels; give --dataset FOLDER of real "
@@ -442,9 +444,10 @@ def main(argv):
             if name in args and other in args:
                 raise UserError(f"--{name}: means nothing beside --{other}; leave it out")
     path = args.pop("json", None)
-    for name, file in (("--json", path), ("--save", args.get("save"))):
-        if file:
-            check_writable(file, name, deep=name == "--save")
+    if path:
+        check_writable(path, "--json")
+    if "save" in args and not Path(args["save"]).exists():
+        check_writable(args["save"], "--save", deep=True)
     text = json.dumps(evaluate(**args), indent=1)
     print(text)
     if path:
