@@ -1,16 +1,18 @@
 """Pictures and prompts: folders, CIFAR-10, tar and parquet files, prompt files; their order; grids."""
 
+import codecs
 import io
 import json
 import os
 import tarfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -19,15 +21,17 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import UserError, class_labels, one_line
-from plumbing.files import agreed, claim_folder, states_of, write_text
+from plumbing.files import agreed, beside, claim_folder, states_of, write_text, writing
 from plumbing.shapes import Shapes
+
+MOST_PIXELS = 2**26  # of a picture; while so many of a transparent one are put on white they take 1 GB
 
 
 def load_dataset(name, size, seed=0):
     """"shapes", "shapes-rolled", "cifar10", or a folder of pictures, tar or parquet files -> a Dataset.
 
-    A sample is {"image": uint8 [3, size, size], "caption": str, "skipped": [names of unreadable pictures]}.
-    Raises UserError if there is no such dataset, or no readable picture in it.
+    A sample is {"image": uint8 [3, size, size], "caption": str, "skipped": [unreadable pictures' names, each
+    with the reason in brackets]}. Raises UserError if there is no such dataset, or no readable picture in it.
     """
     if name in ("shapes", "shapes-rolled"):
         return Shapes(size, seed, name == "shapes-rolled")
@@ -44,8 +48,8 @@ class Folder(Dataset):
     """The pictures below a folder, resized and centre-cropped to size x size.
 
     A picture's caption stands in metadata.jsonl ({"file_name", "text"} a line), else in a .txt beside the
-    picture, else it is the name of the class folder that holds the picture, else empty. An unreadable picture
-    is replaced by the next one and named in "skipped".
+    picture, else it is the name of the class folder that holds the picture, else empty. A picture that is
+    unreadable, or whose .txt is, is replaced by the next one and named in "skipped".
     """
 
     endless = False
@@ -55,20 +59,25 @@ class Folder(Dataset):
         root = Path(root)
         metadata = root / "metadata.jsonl"
         if metadata.is_file():
-            try:
-                rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
-                self.samples = [(root / row["file_name"], row.get("text", "")) for row in rows]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"--dataset {root}: metadata.jsonl needs one JSON object a line with "
-                                f"file_name and text ({error!r})")
+            def sample(line):
+                row = json.loads(line)
+                return root / row["file_name"], check_text(row.get("text", ""))
+            self.samples = read_lines(metadata, "--dataset", sample,
+                                      "a JSON object with file_name and text, both texts that UTF-8 can hold")
         else:
             paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
             texts = set(root.rglob("*.txt"))
             class_name = {p: p.parent.name if p.parent != root else "" for p in paths}
             if not texts:
                 self.classes = sorted(set(class_name.values()) - {""})
-            beside = {p: p.with_suffix(".txt") for p in paths}
-            self.samples = [(p, beside[p] if beside[p] in texts else class_name[p]) for p in paths]
+            text = {p: p.with_suffix(".txt") for p in paths}
+            self.samples = [(p, text[p] if text[p] in texts else class_name[p]) for p in paths]
+            for name in sorted({caption for _, caption in self.samples if isinstance(caption, str)}):
+                try:
+                    check_text(name)
+                except ValueError:
+                    raise UserError(f"--dataset {root}: the name of the class folder {name!r} is not UTF-8; "
+                                    "rename it")
         if not self.samples:
             raise UserError(f"--dataset {root}: no pictures in it; "
                             "give a folder by class, with metadata.jsonl, or with .txt captions")
@@ -80,25 +89,38 @@ class Folder(Dataset):
     def __getitem__(self, index):
         return readable_sample(self, index)
 
+    def name(self, index):
+        """What a sample is called in a message."""
+        return str(self.samples[index][0])
+
     def source(self, index):
-        """A sample's name, its picture's file, and its caption."""
+        """A sample's picture's file and its caption. Raises ValueError if the caption's file is no text."""
         path, caption = self.samples[index]
-        return str(path), path, self.caption(caption)
+        return path, self.caption(caption)
 
     @staticmethod
     def caption(source):
-        """A caption, given as a text or as the file that holds the text."""
-        return source.read_text().strip() if isinstance(source, Path) else source
+        """A caption, given as a text or as the file that holds it. Raises ValueError if that is no text."""
+        if not isinstance(source, Path):
+            return source
+        try:
+            return source.read_text(encoding="utf-8-sig").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{source}: {reason(error)}")
 
     def all_captions(self):
-        """The different captions, sorted; no picture is read."""
-        return sorted({self.caption(source) for _, source in self.samples})
+        """The different captions, sorted; no picture is read. Raises UserError if a file holds no text."""
+        try:
+            return sorted({self.caption(source) for _, source in self.samples})
+        except ValueError as error:
+            raise UserError(f"--dataset {self.root}: the caption {error}; save it as UTF-8, or delete it")
 
     def state(self):
         """Texts that change when a picture or a caption does."""
         paths, captions = zip(*self.samples)
         written = [caption for caption in captions if isinstance(caption, Path)]
-        return states_of([*paths, *written]) + [str(caption) for caption in captions]
+        present = filter(os.path.isfile, [*paths, *written])  # metadata.jsonl may name what is not there
+        return states_of(present) + [str(caption) for caption in captions]
 
 
 SHARDS = {"webdataset": "*.tar", "parquet": "*.parquet"}
@@ -144,16 +166,24 @@ class Shards(Dataset):
     def __getitem__(self, index):
         return readable_sample(self, index)
 
+    def name(self, index):
+        """What a sample is called in a message."""
+        return f"{self.root}, sample {index}"
+
     def source(self, index):
-        """A sample's name, its picture's file, and its caption."""
+        """A sample's picture's file and its caption. Raises ValueError if the caption is not UTF-8."""
         row = self.rows[index]
         picture = (row[self.picture] or {}).get("bytes") or b""  # a missing picture is an unreadable one
-        caption = (row[self.text] or "").strip() if self.text else ""
-        return f"{self.root}, sample {index}", io.BytesIO(picture), caption
+        return io.BytesIO(picture), (row[self.text] or "").strip() if self.text else ""
 
     def all_captions(self):
-        """The different captions, sorted; no picture is read."""
-        return sorted({(text or "").strip() for text in self.rows.unique(self.text)}) if self.text else [""]
+        """The different captions, sorted; no picture is read. Raises UserError if one is not UTF-8."""
+        try:
+            texts = self.rows.unique(self.text) if self.text else [""]
+        except ValueError as error:
+            raise UserError(f"--dataset {self.root}: a text in the column {self.text} cannot be read "
+                            f"({reason(error)}); write the files anew")
+        return sorted({(text or "").strip() for text in texts})
 
     def state(self):
         """Texts that change when a file does."""
@@ -161,18 +191,56 @@ class Shards(Dataset):
 
 
 def readable_sample(dataset, index):
-    """Sample `index` of a dataset with a source(), or the next readable one; "skipped" names the others."""
+    """Sample `index` of a dataset with a source(), or the next readable one; "skipped" names the others.
+
+    Raises UserError if no sample is readable.
+    """
     skipped = []
     for step in range(len(dataset)):
-        name, file, caption = dataset.source((index + step) % len(dataset))
+        number = (index + step) % len(dataset)
         try:
-            with Image.open(file) as picture:
-                image = TF.resize(TF.pil_to_tensor(picture.convert("RGB")), dataset.size, antialias=True)
-                image = TF.center_crop(image, dataset.size)
-            return dict(image=image, caption=caption, skipped=skipped)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            skipped.append(name)
-    raise UserError(f"--dataset {dataset.root}: none of its {len(dataset)} pictures can be read")
+            file, caption = dataset.source(number)
+            return dict(image=read_picture(file, dataset.size), caption=caption, skipped=skipped)
+        except Exception as error:  # on damaged files Pillow's readers raise errors of nearly any kind
+            skipped.append(f"{dataset.name(number)} ({reason(error)})")
+    raise UserError(f"--dataset {dataset.root}: none of its {len(dataset)} pictures can be read; the first: "
+                    f"{skipped[0]}")
+
+
+def read_picture(file, size):
+    """A picture, resized and centre-cropped, upright, on white: uint8 [3, size, size].
+
+    Raises ValueError if it has more than MOST_PIXELS or no known range, and any error if it is damaged.
+    """
+    with Image.open(file) as picture:
+        width, height = picture.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, more than {MOST_PIXELS}")
+        picture.load()  # outside of what is suppressed, for damage shows in the first attempt only
+        with suppress(Exception):  # the EXIF data may be damaged in a picture that is not
+            ImageOps.exif_transpose(picture, in_place=True)
+        # Pillow scales PGM's maximum to 65535.
+        if picture.mode.startswith("I;16") or (picture.format, picture.mode) == ("PPM", "I"):
+            picture = Image.fromarray((np.asarray(picture, np.float32) / 257).round().astype(np.uint8))
+        if picture.mode in ("I", "F"):
+            raise ValueError(f"mode {picture.mode} has no known range")
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        image = TF.pil_to_tensor(picture.convert("RGB"))
+    height, width = image.shape[1:]
+    # The ends of a strip would be resized only to be cut off, and could take any memory.
+    image = TF.center_crop(image, [min(height, 4 * width), min(width, 4 * height)])
+    return TF.center_crop(TF.resize(image, size, antialias=True), size)
+
+
+def reason(error):
+    """Why something cannot be read, in one line that is the same each time."""
+    if isinstance(error, UnidentifiedImageError):  # its text holds an object's address
+        return "not a picture"
+    if isinstance(error, UnicodeError):
+        return "not UTF-8"
+    return getattr(error, "strerror", "") or one_line(error) or type(error).__name__
 
 
 class Cifar10(Dataset):
@@ -216,27 +284,54 @@ def to_floats(images):
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
+def check_text(text):
+    """The text itself, if a tokenizer can take it; raises ValueError if it is no str or has no UTF-8 form."""
+    if not isinstance(text, str):
+        raise ValueError(f"a {type(text).__name__} is no text")
+    text.encode()
+    return text
+
+
+def read_lines(path, flag, parse, needed):
+    """parse(line) of every line of a UTF-8 file that is not blank.
+
+    Raises UserError if the file cannot be read, and, with the line's number, if one is not UTF-8 or parse
+    fails because it is not what is needed.
+    """
+    try:
+        # Only \n ends a line: str.splitlines also splits at signs that stand inside texts, such as U+2028.
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror}); give a file that can")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line := line.decode().strip():
+                found.append(parse(line))
+        except UnicodeDecodeError:
+            raise UserError(f"{flag} {path}: line {number} is not UTF-8; save the file as UTF-8")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{flag} {path}: line {number} must be {needed}")
+    return found
+
+
 def load_prompts(path):
     """The prompts of a file: .jsonl with prompt, caption or text in each line, else plain text, one a line.
 
-    Raises UserError if there is no prompt in the file, or the file is not UTF-8.
+    Blank ones are left out. Raises UserError if there is no prompt in the file, or a line cannot be read.
     """
+    def prompt(line):
+        row = json.loads(line)
+        texts = (row[name] for name in ("prompt", "caption", "text") if isinstance(row.get(name), str))
+        return check_text(next(texts, None))
+
     path = Path(path)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines]
-            names = ("prompt", "caption", "text")
-            lines = [next(row[name] for name in names if isinstance(row.get(name), str)) for row in rows]
-    except OSError as error:
-        raise UserError(f"--prompts {path}: cannot be read ({error.strerror})")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path}: not UTF-8 (byte {error.start}); save it as UTF-8")
-    except (ValueError, TypeError, AttributeError, StopIteration):
-        raise UserError(f"--prompts {path}: every line must be a JSON object with prompt, caption or text")
-    if not lines:
+    prompts = read_lines(path, "--prompts", prompt if path.suffix == ".jsonl" else check_text,
+                         "a JSON object with prompt, caption or text, a text that UTF-8 can hold")
+    prompts = [text for text in prompts if text.strip()]
+    if not prompts:
         raise UserError(f"--prompts {path}: has no prompt in it")
-    return lines
+    return prompts
 
 
 def prompts_of(config, codec):
@@ -288,11 +383,9 @@ def save_grid(images, path, columns=8, flag="--out"):
         return
     scale = max(1, 64 // images.shape[-1])
     images = images.float().clamp(-1, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    try:
+    with writing(f"{flag} {path}"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_image(images / 2 + 0.5, path, nrow=columns, padding=2, pad_value=1.0)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error})")
 
 
 def generate_folder(folder, num, made_by, load_artist):
@@ -320,7 +413,9 @@ def generate_folder(folder, num, made_by, load_artist):
         y = [prompts[i % len(prompts)] for i in range(first, min(first + chunk, num))]
         pictures = ((draw(y, first) / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         for name, picture, caption in zip(names[first:], pictures, y):
-            Image.fromarray(picture).save(folder / f"{name}.png")
+            with writing(path := folder / f"{name}.png"):
+                Image.fromarray(picture).save(beside(path), "PNG")
+                os.replace(beside(path), path)
             write_text(folder / f"{name}.txt", caption)  # after its picture, which is then complete
     if dist.is_initialized():
         dist.barrier()

@@ -5,15 +5,17 @@ import json
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from evaluate import read_shapes, shapes_report
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import plumbing.data
 from common import UserError
-from plumbing.data import generate_folder, load_dataset, sample_order, save_grid
+from plumbing.data import generate_folder, load_dataset, read_picture, reason, sample_order, save_grid
 from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes, coverage
 
 ATTRIBUTES = ("colour", "background", "shape", "scale")
@@ -155,6 +157,11 @@ def test_folder_with_text_beside(tmp_path):
     (tmp_path / "1.txt").write_text("a red field\n")
     dataset = load_dataset(str(tmp_path), 8)
     assert [dataset[i]["caption"] for i in range(2)] == ["a red field", ""]
+    states = [dataset.state()]
+    (tmp_path / "1.txt").write_text("a field\n")
+    states.append(dataset.state())
+    picture(tmp_path / "1.png", size=(40, 40))
+    assert states[0] != states[1] != dataset.state(), "a caption's file, and a picture's, change the state"
 
 
 def test_captions_alone(tmp_path, monkeypatch):
@@ -174,8 +181,132 @@ def test_broken_picture_is_replaced_and_named(tmp_path):
     (tmp_path / "1.png").write_bytes(b"not a picture")
     dataset = load_dataset(str(tmp_path), 8)
     sample = dataset[1]
-    assert sample["skipped"] == [str(tmp_path / "1.png")]
+    assert sample["skipped"] == [f"{tmp_path / '1.png'} (not a picture)"]
     assert sample["image"][0, 0, 0] == 100, "the next one takes its place"
+
+
+def test_whatever_a_reader_raises_the_picture_is_skipped(tmp_path):
+    """With the reason, which is the same each time; the last one's place takes the first."""
+    picture(tmp_path / "0.png")
+    picture(tmp_path / "1.tif")
+    whole = (tmp_path / "1.tif").read_bytes()
+    (tmp_path / "1.tif").write_bytes(whole.replace(b"\x11\1\4\0", b"\x11\1\x0b\0"))  # a place as a fraction
+    (tmp_path / "2.png").mkdir()
+    (tmp_path / "3.png").write_bytes((tmp_path / "0.png").read_bytes()[:-30])
+    (tmp_path / "4.png").symlink_to(tmp_path / "absent")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(tmp_path / "5.png")
+    whole = (tmp_path / "5.png").read_bytes()
+    (tmp_path / "5.png").write_bytes(whole[:300] + bytes(4) + whole[304:])
+    dataset = load_dataset(str(tmp_path), 8)
+    assert len(dataset) == 6
+    *skipped, last = dataset[1]["skipped"]
+    assert dataset[1]["image"][0, 0, 0] == 200 and dataset[1]["skipped"] == [*skipped, last]
+    assert skipped == [f"{tmp_path / name} ({why})" for name, why in (
+        ("1.tif", "'float' object cannot be interpreted as an integer"), ("2.png", "Is a directory"),
+        ("3.png", "image file is truncated"), ("4.png", "No such file or directory"))]
+    assert last.startswith(f"{tmp_path / '5.png'} (") and "data stream" in last
+    state = dataset.state()
+    picture(tmp_path / "absent.png")
+    (tmp_path / "absent.png").rename(tmp_path / "absent")
+    assert dataset.state() != state, "the file that a link leads to has appeared"
+    assert reason(MemoryError()) == "MemoryError"
+
+
+def saved(image, kind="PNG", **options):
+    """A picture as the file of this kind."""
+    image.save(file := io.BytesIO(), kind, **options)
+    return file
+
+
+def test_16_bit_gray_keeps_its_levels():
+    levels = np.array([[0, 257 * 7], [257 * 99 + 129, 65535]], np.uint16)
+    for kind in ("PNG", "TIFF", "PPM", "JPEG2000"):
+        image = read_picture(saved(Image.fromarray(levels), kind), 2)
+        assert image.tolist() == [[[0, 7], [100, 255]]] * 3, kind
+    assert read_picture(saved(Image.fromarray(levels.astype(">u2")), "TIFF"), 2)[0, 1].tolist() == [100, 255]
+
+
+def test_a_picture_without_a_known_range_is_named(tmp_path):
+    for i, kind in enumerate((np.float32, np.int32)):
+        Image.fromarray(np.eye(4, dtype=kind)).save(tmp_path / f"{i}.tif")
+    with pytest.raises(UserError, match=r"none of its 2 pictures .* the first: .*0\.tif \(mode F has no"):
+        load_dataset(str(tmp_path), 4)
+    picture(tmp_path / "2.png")
+    names = load_dataset(str(tmp_path), 4)[0]["skipped"]
+    assert names == [f"{tmp_path}/{i}.tif (mode {mode} has no known range)" for i, mode in enumerate("FI")]
+
+
+def test_what_is_transparent_is_white():
+    """Not the colour that lies under it; half of it is half white; an opaque picture stays as it is."""
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 4), np.uint8)
+    colours[..., 3] = 255
+    opaque = read_picture(saved(Image.fromarray(colours)), 4)
+    assert torch.equal(opaque, torch.from_numpy(colours[..., :3]).permute(2, 0, 1))
+    for alpha, level in ((0, 255), (127, 155)):
+        colours[:] = 55, 55, 55, alpha
+        for image in (Image.fromarray(colours), Image.fromarray(colours).convert("LA")):
+            for kind in ("PNG", "TIFF"):
+                assert read_picture(saved(image, kind), 4).unique().tolist() == [level]
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([9, 9, 9, 8, 8, 8])
+    for image, kind, clear in ((palette, "PNG", 0), (palette, "GIF", 0), (palette, "PNG", b"\0\xff"),
+                               (Image.new("RGB", (4, 4), (9, 9, 9)), "PNG", (9, 9, 9)),
+                               (Image.new("L", (4, 4), 9), "PNG", 9)):
+        assert read_picture(saved(image, kind), 4).unique().tolist() == [image.convert("L").getpixel((0, 0))]
+        assert read_picture(saved(image, kind, transparency=clear), 4).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_lies_as_its_camera_says(kind):
+    """The mark in the corner that EXIF's orientation, 1 to 8, says is the upper left one."""
+    marked = np.zeros((8, 16, 3), np.uint8)
+    marked[:4, 4:8] = 255  # after the crop to 8 x 8 that is the upper left quarter
+    corners = [(0, 0), (0, 7), (7, 7), (7, 0), (0, 0), (0, 7), (7, 7), (7, 0)]
+    for orientation, corner in enumerate(corners, 1):
+        exif = Image.Exif()
+        exif[274] = orientation
+        image = read_picture(saved(Image.fromarray(marked), kind, exif=exif), 8)[0]
+        bright = [(y, x) for y in (0, 7) for x in (0, 7) if image[y, x] > 128]
+        assert bright == [corner], orientation
+
+
+def test_a_picture_with_damaged_exif_data_is_read():
+    file = saved(Image.new("RGB", (8, 8), (200, 10, 10)), "PNG", exif=b"Exif\0\0damaged")
+    with pytest.raises(SyntaxError):
+        Image.open(file).getexif()
+    assert read_picture(file, 8)[:, 0, 0].tolist() == [200, 10, 10]
+
+
+def test_a_strip_is_never_resized_whole(monkeypatch):
+    """Its middle is; and nothing changes for a picture of ordinary shape."""
+    sizes, resize = [], TF.resize
+
+    def noted(*args, **kwargs):
+        sizes.append((resized := resize(*args, **kwargs)).numel())
+        return resized
+    monkeypatch.setattr(plumbing.data.TF, "resize", noted)
+    turned = Image.Exif()
+    turned[274] = 6
+    for shape, exif in (((10, 20000), None), ((20000, 10), None), ((20000, 10), turned)):
+        pixels = np.zeros((*shape, 3), np.uint8)
+        pixels[tuple(slice(n // 2 - 5, n // 2 + 5) for n in shape)] = 255
+        image = read_picture(saved(Image.fromarray(pixels), exif=exif), 64)
+        assert image.shape == (3, 64, 64) and image[0, 32].float().mean() > 240
+        assert image[0, :, 32].float().mean() > 240 and sizes.pop() <= 3 * 4 * 64 * 64
+    for shape in ((30, 30), (29, 116), (116, 29), (50, 33)):
+        pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+        whole = TF.center_crop(resize(torch.from_numpy(pixels).permute(2, 0, 1), 16, antialias=True), 16)
+        assert torch.equal(read_picture(saved(Image.fromarray(pixels)), 16), whole)
+
+
+def test_a_picture_of_absurd_size_is_named_before_it_is_decoded(tmp_path, monkeypatch):
+    picture(tmp_path / "0.png", size=(9, 8))
+    picture(tmp_path / "1.png", size=(8, 8))
+    monkeypatch.setattr(plumbing.data, "MOST_PIXELS", 64)
+    file = tmp_path / "0.png"
+    file.write_bytes(file.read_bytes()[:60])  # of which the header is whole
+    dataset = load_dataset(str(tmp_path), 8)
+    assert dataset[0]["skipped"] == [f"{file} (9 x 8 pixels, more than 64)"] and dataset[1]["skipped"] == []
 
 
 def test_folders_that_cannot_work(tmp_path):
@@ -241,6 +372,7 @@ def test_shards_are_read_like_a_folder(tmp_path, kind, monkeypatch):
         sample, expected = dataset[i], drawn[i if i != 3 else 4]
         assert torch.equal(sample["image"], expected["image"]) and sample["caption"] == expected["caption"]
         assert len(sample["skipped"]) == (i == 3)
+    assert dataset[3]["skipped"] == [f"{tmp_path / 'data'}, sample 3 (not a picture)"]
     for file in (tmp_path / "data").iterdir():
         file.write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be read|no pictures"):
@@ -248,6 +380,24 @@ def test_shards_are_read_like_a_folder(tmp_path, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         load_dataset(str(tmp_path / "data"), 16)
+
+
+def test_a_text_in_parquet_that_is_not_utf_8(tmp_path):
+    """Its sample is skipped; where all texts are wanted, a plain line says so."""
+    pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow import parquet
+
+    drawn = write_shards(tmp_path / "data", "parquet")
+    table = parquet.read_table(file := tmp_path / "data" / "0.parquet")
+    texts = pyarrow.array([b"caf\xe9", *(drawn[i]["caption"].encode() for i in range(1, 4))])
+    texts = pyarrow.StringArray.from_buffers(4, texts.buffers()[1], texts.buffers()[2])
+    parquet.write_table(table.set_column(1, table.schema.field(1), texts), file)
+    dataset = load_dataset(str(tmp_path / "data"), 16)
+    assert dataset[0]["skipped"] == [f"{tmp_path / 'data'}, sample 0 (not UTF-8)"]
+    assert dataset[0]["caption"] == drawn[1]["caption"]
+    with pytest.raises(UserError, match="data: a text in the column caption cannot be read .not UTF-8"):
+        dataset.all_captions()
 
 
 def test_a_folder_of_drawn_pictures_is_completed(tmp_path, capsys):
@@ -280,6 +430,29 @@ def test_a_folder_of_drawn_pictures_is_completed(tmp_path, capsys):
         generate_folder(tmp_path / "new", 7, {}, missing)
     assert not (tmp_path / "new").exists()
     generate_folder(folder, 7, dict(seed=1), missing)  # not called, for all are there
+
+
+def test_drawn_pictures_that_cannot_be_written(tmp_path, monkeypatch):
+    """One line says which; a disk that fills up leaves no half picture under a picture's name."""
+    artist = lambda: (["a"], lambda prompts, first: torch.zeros(len(prompts), 3, 4, 4), 2)
+    generate = lambda: generate_folder(tmp_path / "data", 2, {}, artist)
+    (tmp_path / "data" / "00000001.png").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^\S*/00000001\.png: cannot be written \(Is a directory\); choose"):
+        generate()
+    (tmp_path / "data" / "00000001.png").rmdir()
+    for name in ("png", "txt"):
+        (tmp_path / "data" / f"00000000.{name}").unlink()
+
+    def full(image, path, *args):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", full)
+        with pytest.raises(UserError, match=r"^\S*/00000000\.png: .*No space left on device"):
+            generate()
+    assert not list((tmp_path / "data").glob("*.png"))
+    generate()
+    assert sorted(path.name for path in (tmp_path / "data").glob("*.*g")) == ["00000000.png", "00000001.png"]
 
 
 def test_a_grid_has_the_first_rank_only_and_names_its_flag(tmp_path, monkeypatch):
