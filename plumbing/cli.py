@@ -8,8 +8,8 @@ import operator
 import os
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -248,15 +248,19 @@ def run_command(main):
 
 def tell(text):
     """Prints an error on stderr as one line, unless another process of this machine has printed the same."""
-    line, local, first = " ".join(text.splitlines()), int(os.environ.get("LOCAL_RANK", 0)), True
-    if dist.is_initialized():
-        try:
+    line, here = " ".join(text.splitlines()), os.environ
+    first = int(here.get("LOCAL_RANK", 0)) == 0
+    try:
+        store = None
+        if dist.is_initialized():
             store = dist.distributed_c10d._get_default_store()
-            first = store.add(f"machine {os.environ.get('GROUP_RANK')}: {ascii(line)}", 1) == 1
-        except RuntimeError:  # the process that keeps the store has ended
-            first = local == 0
-    else:
-        time.sleep(2 * local)  # meanwhile torchrun ends this process, if a lower one has failed too
+        elif "TORCHELASTIC_USE_AGENT_STORE" in here:  # torchrun's, before there is a group
+            seconds, port = timedelta(seconds=10), int(here["MASTER_PORT"])
+            store = dist.TCPStore(here["MASTER_ADDR"], port, is_master=False, timeout=seconds)
+        if store:
+            first = store.add(f"{here.get('GROUP_RANK')} {ascii(line)}", 1) == 1
+    except RuntimeError:  # the process that kept the store has ended
+        pass
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # or the line would stand behind it
     if first:

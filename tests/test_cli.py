@@ -308,14 +308,17 @@ class Unreadable(Dataset):
         raise UserError("--dataset x: none can be read")
 
 
-def test_a_process_before_its_group_waits_for_the_lower_ones(monkeypatch, capsys):
-    """torchrun ends it meanwhile, if they failed too; else it tells what it has, as of a GPU that lacks."""
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    for rank in ("0", "3"):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert told(monkeypatch, capsys, UserError("no GPU")) == (2, "script.py: no GPU\n")
-    assert waits == [0, 6]
+def test_processes_without_a_group(monkeypatch, capsys):
+    """Under torchrun the first to fail tells the error, whichever it is; else the first of its machine."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = dict(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port)
+    for environment, telling in (({}, "0"), (torchrun, "3")):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        for rank in ("3", "0"):
+            monkeypatch.setenv("LOCAL_RANK", rank)
+            line = "script.py: no GPU\n" if rank == telling else ""
+            assert told(monkeypatch, capsys, UserError("no GPU")) == (2, line)
 
 
 def fail_in_group(folder, failing):
