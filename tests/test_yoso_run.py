@@ -535,7 +535,7 @@ def test_numbers_are_checked_against_their_range(field):
     (["--nfe", 3], "--nfe 3: must be one of 1, 2, 4"),
     (["--con-weight", "x"], "--con-weight x: must be one of snr, sqrt"),
     (["--rec-distance", "l1"], "--rec-distance l1: must be one of lpips, l2, latent"),
-    (["--channels", 8, 3], "--channels 3: must be at least 4"),
+    (["--channels", 8, 3], "--channels 3: must be at least 8"),
     (["--seed", 2**63], "--seed 9223372036854775808: must be at least 0 and below")])
 def test_flags_out_of_range(arguments, message):
     with pytest.raises(UserError, match=message):
