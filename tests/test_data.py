@@ -268,6 +268,8 @@ def test_a_picture_lies_as_its_camera_says(kind):
         image = read_picture(saved(Image.fromarray(marked), kind, exif=exif), 8)[0]
         bright = [(y, x) for y in (0, 7) for x in (0, 7) if image[y, x] > 128]
         assert bright == [corner], orientation
+        white = Image.new("RGB", (16, 8), "white")
+        assert read_picture(saved(white, kind, exif=exif), 4).min() > 250, "its own edges, when it is turned"
 
 
 def test_a_picture_with_damaged_exif_data_is_read():
@@ -382,22 +384,35 @@ def test_shards_are_read_like_a_folder(tmp_path, kind, monkeypatch):
         load_dataset(str(tmp_path / "data"), 16)
 
 
-def test_a_text_in_parquet_that_is_not_utf_8(tmp_path):
-    """Its sample is skipped; where all texts are wanted, a plain line says so."""
+def test_parquet_without_texts_and_with_one_that_is_not_utf_8(tmp_path):
+    """No text is the empty one; a damaged one is skipped, and where all are wanted a line says so."""
     pytest.importorskip("datasets")
     import pyarrow
     from pyarrow import parquet
 
     drawn = write_shards(tmp_path / "data", "parquet")
     table = parquet.read_table(file := tmp_path / "data" / "0.parquet")
-    texts = pyarrow.array([b"caf\xe9", *(drawn[i]["caption"].encode() for i in range(1, 4))])
-    texts = pyarrow.StringArray.from_buffers(4, texts.buffers()[1], texts.buffers()[2])
-    parquet.write_table(table.set_column(1, table.schema.field(1), texts), file)
-    dataset = load_dataset(str(tmp_path / "data"), 16)
+    (tmp_path / "data" / "1.parquet").unlink()
+    captions = [drawn[i]["caption"] for i in range(2)]
+
+    def dataset_with(first):
+        texts = pyarrow.array([first, *(caption.encode() for caption in captions), None])
+        validity, offsets, content = texts.buffers()
+        texts = pyarrow.StringArray.from_buffers(4, offsets, content, validity)
+        parquet.write_table(table.set_column(1, table.schema.field(1), texts), file)
+        return load_dataset(str(tmp_path / "data"), 16)
+
+    dataset = dataset_with(None)
+    assert dataset[0]["caption"] == "" and dataset[1]["caption"] == captions[0]
+    assert dataset.all_captions() == sorted({"", *captions})
+    dataset = dataset_with(b"caf\xe9")
     assert dataset[0]["skipped"] == [f"{tmp_path / 'data'}, sample 0 (not UTF-8)"]
-    assert dataset[0]["caption"] == drawn[1]["caption"]
+    assert dataset[0]["caption"] == captions[0]
     with pytest.raises(UserError, match="data: a text in the column caption cannot be read .not UTF-8"):
         dataset.all_captions()
+    parquet.write_table(table.select(["image"]), file)
+    dataset = load_dataset(str(tmp_path / "data"), 16)
+    assert dataset[0]["caption"] == "" and dataset.all_captions() == [""]
 
 
 def test_a_folder_of_drawn_pictures_is_completed(tmp_path, capsys):

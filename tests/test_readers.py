@@ -260,10 +260,10 @@ def test_any_prompts_and_classes(prompts, names):
 
 @pytest.mark.parametrize("prompt, name", [
     ("a photo of a dog.", "dog"), ("a photo of a hot dog!", "hot dog"), ("a Dog, a bone", "dog"),
-    ("a red t-shirt.", "t-shirt"), (f"a photo of a {OWL}.", OWL), (f"two {OWL.upper()}!", OWL),
+    ("a big dog", "big dog"), ("a red t-shirt.", "t-shirt"), (f"a {OWL}.", OWL), (f"{OWL.upper()}!", OWL),
     ("a C++ book", "C++"), ("a c", "C"), ("a C#.", "C#"), ("two + two", "+"), ("a photo of a हन", "हन")])
 def test_marks_part_words_and_tell_names_apart(prompt, name):
-    names = ["C", "C#", "C++", "+", "dog", "hot dog", "t-shirt", OWL, "हिन्दी", "हन"]
+    names = ["C", "C#", "C++", "+", "big dog", "dog", "hot dog", "t-shirt", OWL, "हिन्दी", "हन"]
     assert names[class_labels([prompt], names)] == name
 
 
