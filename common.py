@@ -708,12 +708,17 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
 
 
 def check_targets(net, targets):
-    """Raises UserError if none of a LoRA's targets is a layer of the network.
+    """Raises UserError if no target of a LoRA is in the network, or one is no linear layer or convolution.
 
     Layers have other names in other classes of networks.
     """
-    if not any(f".{name}".endswith(f".{target}") for name, _ in net.named_modules() for target in targets):
+    found = {target: module for name, module in net.named_modules() for target in targets
+             if f".{name}".endswith(f".{target}")}
+    if not found:
         raise UserError(f"--lora-targets {' '.join(targets)}: the network has no such layer")
+    for target, module in found.items():
+        if not isinstance(getattr(module, "base_layer", module), torch.nn.Linear | torch.nn.Conv2d):
+            raise UserError(f"--lora-targets {target}: a {type(module).__name__}, on which no LoRA fits")
 
 
 def remove_lora(net, name):

@@ -69,7 +69,7 @@ def cache_latents(codec, dataset, folder, made_by):
             latents.append(codec.encode(to_floats(pictures)).half().cpu())
             captions += [s["caption"] for s in samples]
             for path in {path for s in samples for path in s["skipped"]}:
-                tqdm.write(f"skipped, cannot be read as a picture: {path}", file=sys.stderr)
+                tqdm.write(f"skipped: {path}", file=sys.stderr)
         latents = dict(latents=torch.cat(latents))
         write_tensors(Path(folder) / name, latents, origin, captions=captions)
     check_tensors(Path(folder), names, origin)

@@ -129,7 +129,8 @@ def sound_checkpoint(folder):
     A damaged one is named on stderr, and the one before it taken. Every process must call this. Raises
     UserError if all are damaged.
     """
-    for path in checkpoints(folder):
+    present = checkpoints(folder)
+    for path in present:
         found = checksums(path)
         try:
             note = checkpoint_note(path)
@@ -140,10 +141,10 @@ def sound_checkpoint(folder):
             if not damaged:
                 return path, note
             problem = f"{path}: damaged, {damaged[0]} is not what was written"
+        if path == present[-1]:
+            raise UserError(f"{problem}; no sound one is left, delete {folder} to start this run anew")
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{problem}; going back to the checkpoint before it", file=sys.stderr)
-    if checkpoints(folder):
-        raise UserError(f"{folder}: all its checkpoints are damaged; delete it to start this run anew")
     return None
 
 

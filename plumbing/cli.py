@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import UserError, one_line
+from plumbing.data import check_text
 from plumbing.files import silent_ranks
 
 SEED = dict(least=0, below=2**63)
@@ -206,10 +207,14 @@ def sample_flags(prog, out, nfe=(1,)):
 
 
 def check_sample_flags(args):
-    """Raises UserError if a number among the flags of `sample` is out of range, or --grid cannot be written.
-    """
+    """Raises UserError if a flag of `sample` is out of range, no text, or --grid cannot be written."""
     check_flags(args, run=dict(needed=True), num=dict(least=1, most=100_000), nfe=dict(least=1), seed=SEED)
     check_writable(args.grid, "--grid", ".png", deep=True)
+    for prompt in args.prompts or ():
+        try:
+            check_text(prompt)
+        except ValueError as error:
+            raise UserError(f"--prompts {ascii(prompt)}: {one_line(error)}")
 
 
 def run_command(main):

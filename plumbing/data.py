@@ -37,7 +37,7 @@ def load_dataset(name, size, seed=0):
         return Shapes(size, seed, name == "shapes-rolled")
     if name == "cifar10":
         return Cifar10(size)
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         raise UserError(f"--dataset {name}: unknown; choose shapes, cifar10 or the path of an existing "
                         "folder of pictures")
     shards = any(next(Path(name).glob(suffix), None) for suffix in SHARDS.values())

@@ -265,7 +265,7 @@ class Run:
         for samples in loader:
             for path in sorted({p for s in samples for p in s["skipped"]} - self.skipped):
                 self.skipped.add(path)
-                tqdm.write(f"skipped, cannot be read as a picture: {path} ({len(self.skipped)} so far)",
+                tqdm.write(f"skipped: {path} ({len(self.skipped)} so far)",
                            file=sys.stderr)
             x0 = torch.stack([s["image"] for s in samples]).to(self.device)
             yield to_floats(x0), [s["caption"] for s in samples]

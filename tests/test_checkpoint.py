@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, copy
         shutil.rmtree(before)
         flip(next(last.glob("*.safetensors")), 1000)
     kept = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="all its checkpoints are damaged; delete it to start this run anew"):
+    with pytest.raises(UserError, match="no sound one is left, delete .* to start this run anew"):
         yoso.main([*FLAGS, "--out", str(copy)])
     assert kept == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 

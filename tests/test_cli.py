@@ -1,5 +1,6 @@
 """Flags: their ranges, presets and --help, the configuration read back, and errors in one line."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -425,3 +426,12 @@ def test_lpips_without_a_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
     error = fails(monkeypatch, capsys, yoso, *TINY, "--out", tmp_path / "run", "--rec-distance", "lpips")
     assert "choose the distance l2" in error
+
+
+def test_prompts_that_are_no_text_are_refused(tmp_path):
+    args = argparse.Namespace(run="run", num=1, nfe=1, seed=0, grid=str(tmp_path / "grid.png"),
+                              prompts=["a circle", "a \udcff circle"])
+    with pytest.raises(UserError, match=r"--prompts 'a \\udcff circle': "):
+        plumbing.cli.check_sample_flags(args)
+    args.prompts.pop()
+    plumbing.cli.check_sample_flags(args)

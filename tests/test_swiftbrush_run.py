@@ -311,6 +311,7 @@ def test_wrong_input(folder, tmp_path):
             (["--stage", "merge"], "run --stage a first"), (["--decoder", tmp_path], "--decoder"),
             (["--clip", tmp_path], "CLIPModel"), (["--model", "nobody/nothing"], "hub"),
             (["--model", tmp_path / "short", *steps], "--regularise-steps 101: the model has 100 timesteps"),
+            (["--lora-targets", "to_q", "norm1"], "--lora-targets norm1: a .*Norm, on which no LoRA fits"),
             (["--lora-targets", "nope"], "--lora-targets nope: the network has no such layer"),
             (["--resume", tmp_path], "there is no checkpoint in it")):
         with pytest.raises(UserError, match=message):

@@ -366,7 +366,7 @@ def test_no_pickle_is_ever_loaded(models, tmp_path, monkeypatch, kind):
 # Kills
 
 # Calls between the first kills; every ninth was tried too, which takes minutes.
-STEP = dict(scratch=9, lora=19, swiftbrush=53, diff_instruct=29)
+STEP = dict(scratch=13, lora=41, swiftbrush=97, diff_instruct=61)
 
 
 def killed_at(moment, argv, script):
