@@ -383,7 +383,10 @@ def load_distance(name, device):
     """
     if name == "l2":
         return (lambda x: x), squared_distance
-    import lpips
+    try:
+        import lpips
+    except ImportError:
+        raise UserError("LPIPS: pip install lpips, or choose the distance l2")
     try:
         network = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
     except OSError as error:
@@ -873,7 +876,10 @@ def _transformers_scorer(model_id, processor_id, device):
 
 
 def _open_clip_scorer(device, architecture="ViT-H-14"):
-    import open_clip
+    try:
+        import open_clip
+    except ImportError:
+        raise UserError("hps: its network is open_clip's: pip install open_clip_torch")
     from huggingface_hub import hf_hub_download
     weights = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     model = open_clip.create_model(architecture, weights, device=device)

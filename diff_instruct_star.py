@@ -49,11 +49,12 @@ from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, check_targets
 from plumbing.cache import cache_conditions
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
-from plumbing.data import prompts_of, save_grid
+from plumbing.data import prompts_of
 from plumbing.files import agreed, check_folder, note_of, open_tensors, write_tensors, writing
+from plumbing.grids import save_grid, save_samples
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import shard
-from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_student, load_teacher,
+from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_student, load_teacher, model_card,
                                starting_student)
 
 
@@ -427,11 +428,13 @@ def compare(run, config, models, prompts):
         return
     file = open_tensors(run.out / BEFORE, run.origin)
     before, rewards_before = torch.from_numpy(file.get_tensor("pictures")), note_of(file)["rewards"]
-    save_grid(torch.cat([many_steps, before, after]), run.out / "comparison.png", len(shown))
+    rows = ["reference, 25 steps", "student before", "student after"]
+    pictures = torch.cat([many_steps, before, after])
+    save_grid(pictures, run.out / "comparison.png", len(shown), rows=rows, captions=shown)
     for name, value in rewards.items():
         print(f"{name} ({getattr(config, name)}, 512 one-step pictures): {rewards_before[name]:.4f} before, "
               f"{value:.4f} after")
-    print(f"{run.out}/comparison.png, from above: reference 25 steps, student before and after\n"
+    print(f"{run.out}/comparison.png: reference, student before and after the reward, on the same noise\n"
           f"{run.out}/pipeline: the student, a diffusers pipeline")
 
 
@@ -518,7 +521,8 @@ def train(config):
         if run.finish_iteration(iteration, losses, samples):
             break
     run.end()
-    export_student(run, codec, models.student, models.ema)
+    card = model_card("Diff-Instruct* (arXiv 2410.20898)", config)
+    export_student(run, codec, models.student, models.ema, card=card)
     if run.shows:
         with models.ema.applied():
             compare(run, config, models, prompts)
@@ -538,7 +542,7 @@ def sample_command(argv):
     prompts = args.prompts or prompts_of(read_config(Config, Path(args.run) / "config.json"), codec)
     prompts = [prompts[i % len(prompts)] for i in range(args.num)]
     images = draw_samples(student, codec, prompts, args.seed)
-    save_grid(images, args.grid, flag="--grid")
+    save_samples(args, images, prompts)
     print(f"{args.num} one-step pictures: {args.grid}")
 
 

@@ -50,12 +50,13 @@ from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
-from plumbing.data import load_dataset, prompts_of, sample_order, save_grid, to_floats
+from plumbing.data import load_dataset, prompts_of, sample_order, to_floats
 from plumbing.files import check_folder, digest
+from plumbing.grids import save_grid, save_samples
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import class_of, shard
 from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_step, export_student, fold_lora,
-                               load_teacher, starting_student)
+                               load_teacher, model_card, starting_student)
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -512,7 +513,8 @@ def train_student(stage, config, loaded, prompts):
         if run.finish_iteration(iteration, losses, samples):
             break
     run.end()
-    export_student(run, loaded.codec, models.student, models.ema)
+    card = model_card(f"SwiftBrush v2 (arXiv 2408.14176), student {stage.upper()}", config)
+    export_student(run, loaded.codec, models.student, models.ema, card=card)
     remove_lora(loaded.teacher.net, "lora_teacher")
     if stage == "b":
         remove_lora(loaded.start.net, "student")
@@ -588,7 +590,8 @@ def merge_students(config, teacher, codec, prompts, scorer):
     if int(os.environ.get("RANK", 0)) > 0:  # the process has lent its part of a sharded teacher
         return
     folder = Path(config.out) / "pipeline"
-    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, folder, len(schedule))
+    net, card = dense_copy(teacher.net, merged, "cpu"), model_card("SwiftBrush v2 (arXiv 2408.14176)", config)
+    export_one_step(codec, net, prediction, folder, len(schedule), card=card)
     many = [prompts[i % len(prompts)] for i in range(512)]
     for name, state in dict(A=state_a, B=state_b, merged=merged).items():
         student = Denoiser(dense_copy(teacher.net, state, codec.device), schedule, prediction)
@@ -597,15 +600,19 @@ def merge_students(config, teacher, codec, prompts, scorer):
             with torch.no_grad():
                 scores = scorer(draw_samples(student, codec, many, 1).to(codec.device), scorer.texts(many))
             print(f"{name}: CLIP score {scores.mean():.4f} ({config.clip}, {len(many)} one-step pictures)")
-    save_grid(torch.cat(rows), Path(config.out) / "comparison.png", len(shown))
-    print(f"{config.out}/comparison.png, from above: teacher 1 step, teacher 25 steps, A, B, merged\n"
+    labels = ["teacher, 1 step", "teacher, 25 steps", "student A", "student B", "merged"]
+    save_grid(torch.cat(rows), Path(config.out) / "comparison.png", len(shown), rows=labels, captions=shown)
+    print(f"{config.out}/comparison.png: teacher and students on the same noise\n"
           f"{config.out}/pipeline: the merged student, a diffusers pipeline")
 
 
 # Main
 
 def sample_command(argv):
-    """`python swiftbrush_v2.py sample`: a grid of one-step pictures of the merged student, or of A or B."""
+    """`python swiftbrush_v2.py sample`: a grid of one-step pictures of the merged student, or of A or B.
+
+    --run may also be the folder of a student's pipeline.
+    """
     parser = sample_flags("swiftbrush_v2.py", Config.out)
     parser.add_argument("--which", default="", choices=("merged", "a", "b"),
                         help="the student; default: the last finished")
@@ -615,19 +622,24 @@ def sample_command(argv):
     check_sample_flags(args)
     run = Path(args.run)
     folders = dict(merged=run / "pipeline", b=run / "b" / "pipeline", a=run / "a" / "pipeline")
+    if (run / "model_index.json").exists():
+        folders = dict(merged=run)
     found = [name for name in ((args.which,) if args.which else folders) if folders[name].exists()]
     if not found:
         raise UserError(f"--run {run}: no finished student {args.which or ''} in it; "
                         "see its samples/ while it runs")
     check_folder(folders[found[0]])
     student, codec = load(folders[found[0]], choose_device(args.device))
-    prompts = args.prompts or prompts_of(read_config(Config, next(run.glob("[ab]/config.json"), run)), codec)
+    alone = folders["merged"] == run  # a student without its run: the default's captions
+    config = Config() if alone else read_config(Config, next(run.glob("[ab]/config.json"), run))
+    prompts = args.prompts or prompts_of(config, codec)
     if args.slerp:
         images = draw_strip(student, codec, args.slerp, prompts, args.seed, args.num)
+        prompts = [f"from {prompts[0]} to {prompts[-1]}"] * args.num
     else:
         prompts = [prompts[i % len(prompts)] for i in range(args.num)]
         images = draw_samples(student, codec, prompts, args.seed)
-    save_grid(images, args.grid, args.num if args.slerp else 8, flag="--grid")
+    save_samples(args, images, prompts, args.num if args.slerp else 8)
     print(f"{args.num} one-step pictures of student {found[0]}: {args.grid}")
 
 

@@ -76,12 +76,13 @@ from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import (Parser, RunFlags, bound_flags, check_flags, check_sample_flags, check_writable,
                           flag, parse_config, read_config, run_command, sample_flags)
-from plumbing.data import (generate_folder, load_dataset, load_prompts, prompts_of, sample_order, save_grid,
+from plumbing.data import (generate_folder, load_dataset, load_prompts, prompts_of, sample_order,
                            to_floats)
-from plumbing.files import check_folder, digest, open_tensors, write_folder, write_tensors
+from plumbing.files import check_folder, digest, open_tensors, write_folder, write_tensors, write_text
+from plumbing.grids import save_grid, save_samples
 from plumbing.run import Run, choose_device
 from plumbing.shard import shard, whole
-from plumbing.students import dense_copy, export_one_step, export_student, fold_lora
+from plumbing.students import dense_copy, export_one_step, export_student, fold_lora, model_card
 
 
 # Configuration: the defaults are the paper's CIFAR-10 run; a preset changes what it names
@@ -949,16 +950,18 @@ def export(config, run, sampler, ema, original, captions):
     embedding is the mapping network of z.
     """
     generator, folder = sampler.generator, run.out / "pipeline"
+    card = model_card("YOSO (arXiv 2403.12931)", config, sampler.prior is not None)
     if config.model:  # a run has a prior just where its SNR_T is not zero
         prior = sampler.prior
-        export_student(run, sampler.codec, generator, ema, zero_snr=prior is None, prior=prior)
+        export_student(run, sampler.codec, generator, ema, zero_snr=prior is None, prior=prior, card=card)
         if run.shows:
             with ema.applied():
                 ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(sampler, captions, nfe, 0)]
         if run.rank == 0:
-            save_grid(torch.cat([original, *ours]), run.out / "comparison.png")
-            print(f"{run.out}/comparison.png, from above: original 1 step, original 25 steps, "
-                  f"YOSO 1, 2 and 4 steps\n{folder}: a diffusers pipeline for 1, 2 or 4 steps")
+            rows = ["original, 1 step", "original, 25 steps", *(f"YOSO, {nfe} calls" for nfe in (1, 2, 4))]
+            save_grid(torch.cat([original, *ours]), run.out / "comparison.png", rows=rows, captions=captions)
+            print(f"{run.out}/comparison.png: the original beside YOSO, same captions\n"
+                  f"{folder}: a diffusers pipeline for 1, 2 or 4 steps")
         return
     if run.shows:
         averages = {name: whole(average) for name, average in ema.average.items()}
@@ -967,8 +970,12 @@ def export(config, run, sampler, ema, original, captions):
         net = scratch_generator(config)
         net.load_state_dict(state)
         pipe = DDPMPipeline(net, scratch_scheduler(config.levels))
-        only_unet = lambda path: net.save_pretrained(path / "unet")
-        write_folder(folder, only_unet if config.latent_z else pipe.save_pretrained)
+
+        def save(path):
+            net.save_pretrained(path / "unet") if config.latent_z else pipe.save_pretrained(path)
+            write_text(path / "README.md", card)
+
+        write_folder(folder, save)
         print(f"done: one-step samples in {run.out}/samples/final.png; more with: python yoso.py sample "
               f"--run {run.out}")
 
@@ -1022,7 +1029,7 @@ def sample_command(argv):
     prompts = args.prompts or (prompts_of(config, sampler.codec) if config.model else [""])
     captions = [prompts[i % len(prompts)] for i in range(args.num)]
     pictures = torch.cat(list(draw_pictures(sampler, captions, args.nfe, args.seed)))
-    save_grid(pictures, args.grid, flag="--grid")
+    save_samples(args, pictures, captions)
     print(f"{args.num} samples with {args.nfe} network call(s): {args.grid}")
 
 

@@ -59,6 +59,8 @@ class RunFlags:
                         most=1000)
     timeout: int = flag(45, "seconds that a process waits for the others within a step; when they are up it "
                         "names who does not answer and ends", "run", least=1)
+    track: str = flag("", "also write the log for this tracker into OUT (pip install tensorboard)", "run",
+                      choices=("", "tensorboard"))
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
     save_every: int = flag(500, "iterations between checkpoints", "run", least=1)
     sample_every: int = flag(500, "iterations between grids in samples/", "run", least=1)
@@ -67,7 +69,7 @@ class RunFlags:
 # The flags that may change between a run and its continuation: they alter neither the mathematics nor the
 # networks.
 FREE = {"out", "resume", "device", "compile", "gradient_checkpointing", "micro_batch", "shard", "workers",
-        "timeout", "log_every", "save_every", "sample_every"}
+        "timeout", "track", "log_every", "save_every", "sample_every"}
 
 
 def bound_flags(config_class, *, but=()):
@@ -203,6 +205,7 @@ def sample_flags(prog, out, nfe=(1,)):
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--grid", default="grid.png", help="the PNG to write")
+    parser.add_argument("--save", default="", help="a new folder for single pictures, with their captions")
     return parser
 
 
@@ -210,6 +213,8 @@ def check_sample_flags(args):
     """Raises UserError if a flag of `sample` is out of range, no text, or --grid cannot be written."""
     check_flags(args, run=dict(needed=True), num=dict(least=1, most=100_000), nfe=dict(least=1), seed=SEED)
     check_writable(args.grid, "--grid", ".png", deep=True)
+    if args.save and Path(args.save).exists():
+        raise UserError(f"--save {args.save}: exists already; choose a new folder")
     for prompt in args.prompts or ():
         try:
             check_text(prompt)

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import UserError, class_labels, one_line
@@ -372,20 +371,6 @@ def sample_order(dataset, seed, counters):
         return list(counters)
     n = len(dataset)
     return [int(permutation(seed, c // n, n)[c % n]) for c in counters]
-
-
-def save_grid(images, path, columns=8, flag="--out"):
-    """The first process writes pictures in [-1, 1], [N, 3, H, W], as one PNG; small ones are enlarged.
-
-    Raises UserError, naming the flag that chose the path, if the file cannot be written.
-    """
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    scale = max(1, 64 // images.shape[-1])
-    images = images.float().clamp(-1, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    with writing(f"{flag} {path}"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_image(images / 2 + 0.5, path, nrow=columns, padding=2, pad_value=1.0)
 
 
 def generate_folder(folder, num, made_by, load_artist):

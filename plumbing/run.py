@@ -32,7 +32,7 @@ from plumbing.checkpoint import (
     write_checkpoint,
 )
 from plumbing.cli import bound_flags
-from plumbing.data import permutation, sample_order, save_grid, to_floats
+from plumbing.data import permutation, sample_order, to_floats
 from plumbing.files import (
     agreed,
     append_line,
@@ -44,6 +44,7 @@ from plumbing.files import (
     write_text,
     writing,
 )
+from plumbing.grids import save_grid
 from plumbing.shard import part_here, whole
 
 EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float32
@@ -87,6 +88,20 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def tracker(name, folder, start):
+    """The writer of `--track`, None without one; what it wrote after iteration `start` is dropped.
+
+    Raises UserError if its package is missing.
+    """
+    if not name:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--track tensorboard: pip install tensorboard")
+    return SummaryWriter(folder, purge_step=start + 1)
+
+
 class Run:
     """One training run: its device, its random numbers and batches, its updates, its folder config.out.
 
@@ -122,7 +137,7 @@ class Run:
         start_processes(self.device)
         self.source, self.data_before = self._find_checkpoint()
         self.start = int(self.source.name) if self.source else 0
-        self.signal, self.lock, self.data = 0, None, ""
+        self.signal, self.lock, self.tracker, self.data = 0, None, None, ""
         self.steps = group_of_steps(config.timeout) if self.world > 1 else None
         torch.manual_seed(config.seed)  # the same weights on every rank
 
@@ -178,6 +193,7 @@ class Run:
                 raise UserError(f"--out {self.config.out}: the file {name} is in the way of a folder; "
                                 "move it, or choose another --out")
         self.lock = lock(self.out / "lock")
+        self.tracker = tracker(self.config.track, self.out, self.start)
 
     def begin(self, parts):
         """Called once everything is built: makes the folder, loads the checkpoint, catches the signals.
@@ -425,6 +441,10 @@ class Run:
                    skipped_pictures=len(self.skipped))
         if self.rank == 0:
             append_line(self.out / "metrics.jsonl", json.dumps(row))
+            if self.tracker:
+                with writing(self.out):
+                    for key in row.keys() - {"iteration"}:
+                        self.tracker.add_scalar(key, row[key], done)
         self.window, self.window_start, self.window_iteration = [], now, done
 
     def _peak_memory_gb(self):
@@ -442,6 +462,8 @@ class Run:
         self.bar.close()
         if self.lock:
             self.lock.close()
+        if self.tracker:
+            self.tracker.close()
         self.parts = None  # an adaptation's optimiser must not live on through the training
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)

@@ -149,13 +149,46 @@ def export_student(run, codec, student, ema, **more):
         export_one_step(codec, net, student.prediction_type, path, len(student.schedule), **more)
 
 
-def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False, prior=None):
+def model_card(method, config, prior=False):
+    """The README.md of an exported pipeline, as the Hugging Face hub reads it.
+
+    method: the method's name; config: the run's flags.
+    """
+    base, defaults = config.model, type(config)()
+    local = not base or Path(base).exists()
+    # Names of places on this machine are nobody else's business.
+    places = {"out", "resume", "device", "workers", "preset", "model", "student", "lora", "prompts",
+              "dataset", "generator", "generator_lora", "discriminator", "clip", "reward", "probe", "decoder"}
+    flags = [f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+             for name, value in vars(config).items()
+             if value != getattr(defaults, name) and name not in places]
+    start = ("Start from its informative_prior.safetensors; from plain noise the pictures are too grey.\n"
+             if prior else "")
+    front = ["---", *([] if local else [f"base_model: {base}"]), "library_name: diffusers", "license: other",
+             "license_name: that-of-the-base-model", "tags: [one-step, few-step, distillation]", "---"]
+    name = Path(base).name if local else base
+    source = f"{name}, whose licence also holds for these weights" if base else "scratch"
+    return "\n".join(front) + f"""
+# One-step generator, {method}
+
+Trained from {source}. Preset {config.preset}, {config.iterations} iterations of batch {config.batch_size}.
+Flags that differ from the defaults: `{" ".join(flags) or "none"}`.
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(FOLDER_OR_ID)
+images = pipe({"PROMPT, guidance_scale=1, " if base else ""}num_inference_steps=1).images
+```
+{start}"""
+
+
+def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False, prior=None, card=""):
     """Writes the pipeline with `net` as its network, for diffusers alone: 1 (2, 4) steps, guidance_scale=1.
 
     The pipeline's LCMScheduler predicts x0, then adds fresh noise at the next lower level: the spacing of 4
     steps is 999 749 499 249. length: the number of timesteps of the student's own schedule, if the student
     starts below the model's last timestep; then the pipeline is for one step only. zero_snr: the schedule is
-    rescaled to SNR_T = 0. prior: an InformativePrior to be saved with the pipeline.
+    rescaled to SNR_T = 0. prior: an InformativePrior to be saved with the pipeline; card: its README.md.
     """
     betas = {k: v for k, v in codec.pipe.scheduler.config.items() if k in BETA_NAMES}
     steps = 4
@@ -185,6 +218,8 @@ def export_one_step(codec, net, prediction_type, path, length=0, zero_snr=False,
             write_text(folder / "classes.json", json.dumps(codec.classes))
         if prior:
             prior.save(folder)
+        if card:
+            write_text(folder / "README.md", card)
 
     write_folder(path, save)
 

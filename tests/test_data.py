@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import plumbing.data
 from common import UserError
-from plumbing.data import generate_folder, load_dataset, read_picture, reason, sample_order, save_grid
+from plumbing.data import generate_folder, load_dataset, read_picture, reason, sample_order
+from plumbing.grids import save_grid
 from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes, coverage
 
 ATTRIBUTES = ("colour", "background", "shape", "scale")

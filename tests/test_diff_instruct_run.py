@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 import diff_instruct_star as di
 from common import UserError, draw_many_steps, draw_samples, load, one_step
 from plumbing.cli import parse_config
-from plumbing.data import prompts_of, save_grid
+from plumbing.data import prompts_of
+from plumbing.grids import save_grid
 from plumbing.run import Run
 from plumbing.students import convert
 

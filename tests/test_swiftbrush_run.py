@@ -25,7 +25,8 @@ from PIL import Image
 import swiftbrush_v2 as sb
 from common import UserError, ddim_sample, draw_samples, load, one_step
 from plumbing.cli import parse_config
-from plumbing.data import prompts_of, save_grid
+from plumbing.data import prompts_of
+from plumbing.grids import save_grid
 from plumbing.shapes import Shapes
 from plumbing.students import export_one_step
 

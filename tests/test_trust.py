@@ -25,8 +25,9 @@ import swiftbrush_v2 as sb
 import yoso
 from common import UserError
 from plumbing.cli import run_command
-from plumbing.data import load_dataset, save_grid
+from plumbing.data import load_dataset
 from plumbing.files import open_tensors
+from plumbing.grids import save_grid
 from plumbing.run import Run
 
 # Flags of runs of two iterations a stage, by kind, below the folder of the tiny models.

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch_fidelity
-from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -35,7 +34,8 @@ import yoso
 from common import Draws, InformativePrior, UserError, ddim_sample, load, load_scorer
 from plumbing.cli import SEED, Parser, check_flag, check_writable, read_json, run_command
 from plumbing.data import Folder, load_dataset, load_prompts, sample_order, to_floats
-from plumbing.files import write_text, writing
+from plumbing.files import write_text
+from plumbing.grids import save_pictures
 from plumbing.run import choose_device
 from plumbing.shapes import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, coverage
 
@@ -296,16 +296,6 @@ def enough(source, number):
     if number < FEWEST:
         raise UserError(f"{source}: too few pictures ({number}), a distance needs at least {FEWEST}")
     return number
-
-
-def save_pictures(folder, images, captions, first):
-    """Adds pictures to a captioned folder, numbered from `first`."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder), open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
-        for i, (image, caption) in enumerate(zip(images, captions), first):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
-            file.write(json.dumps(dict(file_name=f"{i:06d}.png", text=caption)) + "\n")
 
 
 def is_from_scratch(run):
