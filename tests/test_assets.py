@@ -13,8 +13,10 @@ from helpers import CAPTIONS, ROOT
 from PIL import Image
 from transformers import CLIPModel
 
-from common import Draws, UserError, ddim_sample, load
+from common import Draws, UserError, ddim_sample, draw_samples, load
 from plumbing.data import to_floats
+from plumbing.files import check_folder
+from plumbing.grids import to_levels
 from plumbing.shapes import Shapes
 
 TEACHER_GUIDANCE = 2.0  # its best, see the README
@@ -48,6 +50,17 @@ def test_the_teacher_draws_what_the_caption_says():
         chunks = evaluate.many_step_chunks(*teacher, captions, steps, TEACHER_GUIDANCE, 0)
         right[steps] = evaluate.shapes_report(torch.cat([images for images, _ in chunks]), wanted)["right"]
     assert right[25] > 0.9 and right[1] < 0.5 * right[25]
+
+
+def test_the_student_draws_it_in_one_call():
+    """60 captions; 1,000 are measured in the README. Its files are whole, and half of float32."""
+    check_folder(ASSETS / "mini-student")
+    wanted = Shapes(32, 5).attributes(range(60))
+    student, codec = load(ASSETS / "mini-student")
+    pictures = draw_samples(student, codec, Shapes(32).captions(wanted), 0)
+    assert evaluate.shapes_report(to_levels(pictures), wanted)["right"] > 0.9
+    files = [file for file in (ASSETS / "mini-student").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 8 * 2**20
 
 
 def test_mini_clip_and_mini_pickscore():
