@@ -234,9 +234,11 @@ def lock(path):
         file = open(path, "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"{Path(path).parent}: another process is at work in it ({error.strerror}); "
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{Path(path).parent}: another process is at work in it; "
                         "wait for its end, or choose another --out")
+    except OSError:
+        pass  # a disk without locks: then nothing can be known
     return file
 
 
