@@ -23,6 +23,7 @@ from plumbing.checkpoint import (
     read_checkpoint,
     remove,
     sound_checkpoint,
+    sweep,
     write_checkpoint,
 )
 from plumbing.run import Run
@@ -140,6 +141,15 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
     assert names(tmp_path) == ["old"]
 
 
+def test_what_a_kill_has_left_is_swept(tmp_path):
+    """A half-written checkpoint and a half-removed one, where there is nothing else to remove."""
+    for name in ("00000004", "new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.json").write_text("{}")
+    sweep(tmp_path, 4)
+    assert names(tmp_path) == ["00000004"]
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Its folder and every file in it."""
     synced, sync, rename = set(), os.fsync, Path.rename
@@ -247,6 +257,19 @@ def test_going_back_is_told_by_the_first_process(copy, monkeypatch, capsys):
         monkeypatch.setenv("RANK", str(rank))
         assert sound_checkpoint(copy / "checkpoint")[0] == before
         assert capsys.readouterr().err.count("going back") == times
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_damaged_one(copy, monkeypatch, capsys):
+    """As on a broken disk; the one before it is used."""
+    (last, before), read = checkpoints(copy / "checkpoint"), plumbing.checkpoint.checksums_of
+
+    def broken(folder, share):
+        if folder == last:
+            raise OSError(5, "Input/output error")
+        return read(folder, share)
+    monkeypatch.setattr(plumbing.checkpoint, "checksums_of", broken)
+    assert sound_checkpoint(copy / "checkpoint")[0] == before
+    assert f"{last}: damaged" in capsys.readouterr().err
 
 
 def test_processes_that_find_different_checkpoints_are_refused(copy, monkeypatch):
