@@ -148,6 +148,9 @@ def test_what_a_kill_has_left_is_swept(tmp_path):
         (tmp_path / name / "checkpoint.json").write_text("{}")
     sweep(tmp_path, 4)
     assert names(tmp_path) == ["00000004"]
+    shutil.copytree(tmp_path / "00000004", tmp_path / "old")
+    remove(tmp_path / "00000004")
+    assert names(tmp_path) == []
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
