@@ -102,7 +102,8 @@ def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
     yoso.train(tiny_config(tmp_path, iterations=1))
     assert names(folder) == ["00000001"]
     (folder / "new").mkdir()
-    (folder / "new" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    for i in (1, 2):
+        (folder / "new" / f"shard-0000{i}-model-00001-of-00001.safetensors").write_bytes(b"half")
     for function in ("pickle.load", "pickle.loads", "torch.load"):
         monkeypatch.setattr(function, None)
     run = Run(tiny_config(tmp_path, iterations=1))
@@ -111,6 +112,7 @@ def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
     assert run.start == 1
     run.save(3)
     assert names(folder) == ["00000001", "00000003"]
+    assert names(folder / "00000001") == names(folder / "00000003")
 
     def full(*arguments, **more):
         (folder / "new").mkdir()
