@@ -246,11 +246,13 @@ def test_the_exported_tokenizer_is_the_loaded_one(tmp_path):
     start, codec = load(str(tmp_path / "sd"))
     codec.cond(["a large red circle on white"])
     codec.pipe.tokenizer(["a circle"], padding="max_length", max_length=9, truncation=True)
+    codec.pipe.tokenizer.chat_template = "{{ a file of its own }}"
     export_one_step(codec, start.net, "epsilon", tmp_path / "out")
     files = lambda name: {f.name: f.read_bytes() for f in (tmp_path / name / "tokenizer").iterdir()}
     assert files("out") == files("sd") and len(files("out")) > 2
     codec.pipe.save_pretrained(tmp_path / "plain")
     assert files("plain") != files("sd"), "the library alone would write what was left of the last call"
+    assert not files("plain").keys() <= files("sd").keys(), "nor would it stop at the files that there were"
     load(str(tmp_path / "out"))
 
 
