@@ -1,14 +1,18 @@
 """Checkpoints: every part comes back, on any number of processes; damage and other flags are named."""
 
+import json
+import os
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, TINY, equal, fails, finish, metrics, ranks, start, state, tiny_config
 
 import plumbing.checkpoint
+import plumbing.run
 import yoso
 from common import EMA, UserError, Weights
 from plumbing.checkpoint import (
@@ -17,7 +21,9 @@ from plumbing.checkpoint import (
     latest_checkpoint,
     load_parts,
     read_checkpoint,
+    remove,
     sound_checkpoint,
+    sweep,
     write_checkpoint,
 )
 from plumbing.run import Run
@@ -96,7 +102,8 @@ def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
     yoso.train(tiny_config(tmp_path, iterations=1))
     assert names(folder) == ["00000001"]
     (folder / "new").mkdir()
-    (folder / "new" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    for i in (1, 2):
+        (folder / "new" / f"shard-0000{i}-model-00001-of-00001.safetensors").write_bytes(b"half")
     for function in ("pickle.load", "pickle.loads", "torch.load"):
         monkeypatch.setattr(function, None)
     run = Run(tiny_config(tmp_path, iterations=1))
@@ -105,8 +112,10 @@ def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
     assert run.start == 1
     run.save(3)
     assert names(folder) == ["00000001", "00000003"]
+    assert names(folder / "00000001") == names(folder / "00000003")
 
     def full(*arguments, **more):
+        (folder / "new").mkdir()
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patched:
         patched.setattr(plumbing.checkpoint.dcp, "save", full)
@@ -116,6 +125,47 @@ def test_checkpoints_take_their_place_when_complete(tmp_path, monkeypatch):
     run.save(6)
     assert names(folder) == ["00000003", "00000006"]
     assert torch.equal(read_checkpoint(folder)["state"]["part"]["weight"], part.weight)
+
+
+def test_what_a_checkpoint_is_called(tmp_path):
+    """A folder of eight digits or more, of which the largest number is the newest."""
+    for name in ("00000004", "99999999", "100000000", "0000004", "00000020-backup", "new", "old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "200000000").write_text("a file")
+    assert [path.name for path in checkpoints(tmp_path)] == ["100000000", "99999999", "00000004"]
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """A kill in the middle of a removal leaves none that is half there."""
+    (tmp_path / "00000004").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **more: None)
+    remove(tmp_path / "00000004")
+    assert names(tmp_path) == ["old"]
+
+
+def test_what_a_kill_has_left_is_swept(tmp_path):
+    """A half-written checkpoint and a half-removed one, where there is nothing else to remove."""
+    for name in ("00000004", "new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.json").write_text("{}")
+    sweep(tmp_path, 4)
+    assert names(tmp_path) == ["00000004"]
+    shutil.copytree(tmp_path / "00000004", tmp_path / "old")
+    remove(tmp_path / "00000004")
+    assert names(tmp_path) == []
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Its folder and every file in it."""
+    synced, sync, rename = set(), os.fsync, Path.rename
+
+    def renamed(path, target):
+        assert synced == {file.stat().st_ino for file in (path, *path.iterdir())}
+        return rename(path, target)
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), sync(file)))
+    monkeypatch.setattr(Path, "rename", renamed)
+    write_checkpoint(tmp_path, 4, dict(part=torch.nn.Linear(2, 2)), tiny_config(tmp_path))
+    assert names(tmp_path) == ["00000004"] and len(synced) > 2
 
 
 def test_only_what_the_run_made_is_removed(tmp_path):
@@ -205,6 +255,35 @@ def test_the_note_comes_back(finished):
     assert checkpoint_note(latest_checkpoint(finished / "checkpoint"))["config"]["channels"] == (8, 16)
 
 
+def test_going_back_is_told_by_the_first_process(copy, monkeypatch, capsys):
+    last, before = checkpoints(copy / "checkpoint")
+    (last / "checkpoint.json").unlink()
+    for rank, times in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert sound_checkpoint(copy / "checkpoint")[0] == before
+        assert capsys.readouterr().err.count("going back") == times
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_damaged_one(copy, monkeypatch, capsys):
+    """As on a broken disk; the one before it is used."""
+    (last, before), read = checkpoints(copy / "checkpoint"), plumbing.checkpoint.checksums_of
+
+    def broken(folder, share):
+        if folder == last:
+            raise OSError(5, "Input/output error")
+        return read(folder, share)
+    monkeypatch.setattr(plumbing.checkpoint, "checksums_of", broken)
+    assert sound_checkpoint(copy / "checkpoint")[0] == before
+    assert f"{last}: damaged" in capsys.readouterr().err
+
+
+def test_processes_that_find_different_checkpoints_are_refused(copy, monkeypatch):
+    """As on machines of which each has a disk of its own."""
+    monkeypatch.setattr(plumbing.run, "gathered", lambda found: [found, found[:1]])
+    with pytest.raises(UserError, match="the processes find different checkpoints"):
+        Run(tiny_config(copy, save_every=2))
+
+
 def test_processes_check_a_checkpoint_together(copy):
     """The file that is damaged is in the second one's share; both go back."""
     ranks(2, yoso.main, [*FLAGS, "--out", str(copy / "two")])
@@ -232,6 +311,30 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     run = Run(tiny_config(tmp_path / "run", iterations=100_000, save_every=2))
     run.make_folder()
     assert run.start > 0 and not run.lock.closed
+    ranks(2, expect_refusal, tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
+    """Where nothing can be written into it, or a file has the name of one of its folders."""
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+    run = Run(tiny_config(tmp_path / "run"))
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="--out .*No space left"):
+        patched.setattr(plumbing.run.tempfile, "TemporaryFile", full)
+        run.make_folder()
+    for name in ("samples", "pipeline"):
+        (tmp_path / "run" / name).write_text("mine")
+        with pytest.raises(UserError, match=f"the file {name} is in the way of a folder"):
+            run.make_folder()
+        (tmp_path / "run" / name).unlink()
+    run.make_folder()
+    assert not list((tmp_path / "run" / "checkpoint").iterdir())
+
+
+def expect_refusal(out):
+    """What each process of the test above does, the second no less than the first."""
+    with pytest.raises(UserError, match="another process is at work in it"):
+        Run(tiny_config(out, iterations=100_000)).make_folder()
 
 
 # Which run goes on from which
@@ -270,6 +373,19 @@ def test_a_run_that_starts_from_another_can_go_on_alone(finished, tmp_path):
                    optimizer_g=models.optimizer_g, optimizer_d=models.optimizer_d))
     run.end()
     assert equal(state(finished), state(tmp_path / "new"))
+    assert run.lock.closed, "the folder is free for others"
+
+
+def test_a_run_from_before_a_flag_was_there_goes_on(copy):
+    """With that flag's default, or not at all."""
+    for path in checkpoints(copy / "checkpoint"):
+        note = json.loads((path / "checkpoint.json").read_text())
+        del note["config"]["r1"]
+        (path / "checkpoint.json").write_text(json.dumps(note))
+    config = tiny_config(copy, save_every=2, r1=yoso.Config.r1)
+    assert Run(config).start == 4
+    with pytest.raises(UserError, match="--r1 was .*, is 9"):
+        Run(replace(config, r1=9.0))
 
 
 def test_a_run_moves_between_two_three_and_one_processes(tmp_path):

@@ -132,6 +132,44 @@ def test_stopping_and_resuming_is_exact(folder, finished, tmp_path):
     assert equal(*before)
 
 
+def test_damage_of_what_was_before_is_told_first(folder, finished, tmp_path, monkeypatch):
+    """Before an iteration is made, not in the comparison at the end."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "before.safetensors").write_bytes((finished / "before.safetensors").read_bytes()[:-1])
+    monkeypatch.setattr(di, "train_step", None)
+    monkeypatch.setattr(di, "export_student", None)
+    with pytest.raises(UserError, match="before.safetensors: cannot be read"):
+        di.main(flags(folder, out))
+
+
+def test_nothing_is_measured_on_weights_that_are_not_finite(folder, tmp_path, monkeypatch):
+    """They were spoiled in the last iteration without the reward, which nothing else looks at."""
+    honest = di.train_step
+
+    def poisoned(iteration, y, config, run, models):
+        losses = honest(iteration, y, config, run, models)
+        next(iter(models.student.net.parameters())).data.fill_(float("nan"))
+        return losses
+    monkeypatch.setattr(di, "train_step", poisoned)
+    monkeypatch.setattr(di, "remember_before", None)
+    with pytest.raises(UserError, match=r"iteration 1: student\..* is not finite"):
+        di.main(flags(folder, tmp_path / "run", "--warmup", 1, "--assistant-warmup", 0, "--log-every", 100,
+                      "--prediction", ""))
+    assert not (tmp_path / "run" / "before.safetensors").exists()
+
+
+def test_the_others_wait_for_what_the_first_measures(folder, tmp_path, monkeypatch):
+    """As long as it takes, for their next exchange may only take as long as a step."""
+    order, wait = [], Run.wait
+    monkeypatch.setattr(Run, "wait", lambda run: (order.append("wait"), wait(run)))
+    remember, step = di.remember_before, di.train_step
+    monkeypatch.setattr(di, "remember_before", lambda *rest: (order.append("before"), remember(*rest)))
+    monkeypatch.setattr(di, "train_step", lambda *rest: (order.append("step"), step(*rest))[1])
+    di.main(flags(folder, tmp_path / "run", "--warmup", 0, "--assistant-warmup", 1, "--iterations", 1,
+                  "--prediction", ""))
+    assert order == ["wait", "step", "before", "wait", "step", "wait"]
+
+
 def test_a_run_goes_on_in_other_folders(folder, finished, tmp_path):
     """A run, taken up by B, and B by C: pictures and rewards from before the reward travel along."""
     command = lambda out, num, *more: di.main(flags(folder, tmp_path / out, "--iterations", num, *more))

@@ -8,10 +8,12 @@ import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from helpers import perturb, plain
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2 import functional as TF
 
 import common
+import plumbing.students
 from common import (
     Denoiser,
     HalfUNet,
@@ -246,11 +248,13 @@ def test_the_exported_tokenizer_is_the_loaded_one(tmp_path):
     start, codec = load(str(tmp_path / "sd"))
     codec.cond(["a large red circle on white"])
     codec.pipe.tokenizer(["a circle"], padding="max_length", max_length=9, truncation=True)
+    codec.pipe.tokenizer.chat_template = "{{ a file of its own }}"
     export_one_step(codec, start.net, "epsilon", tmp_path / "out")
     files = lambda name: {f.name: f.read_bytes() for f in (tmp_path / name / "tokenizer").iterdir()}
     assert files("out") == files("sd") and len(files("out")) > 2
     codec.pipe.save_pretrained(tmp_path / "plain")
     assert files("plain") != files("sd"), "the library alone would write what was left of the last call"
+    assert not files("plain").keys() <= files("sd").keys(), "nor would it stop at the files that there were"
     load(str(tmp_path / "out"))
 
 
@@ -469,6 +473,18 @@ def test_a_loras_files_give_its_predictions(pipes, tmp_path, name):
         with torch.no_grad():
             theirs = pipe.unet(x_t, t, **cond).sample
         assert (theirs - expected).abs().max() < 1e-3 * change, file
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart"])
+def test_a_lora_that_cannot_be_written_is_named(pipes, tmp_path, monkeypatch, name):
+    """safetensors has an error of its own for a full disk."""
+    def full(*arguments, **more):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+    denoiser, codec = load(pipes[name])
+    denoiser.with_lora("student", 4, 6)
+    monkeypatch.setattr(plumbing.students, "save_file", full)
+    with pytest.raises(UserError, match="loras: cannot be written .*No space left"):
+        save_lora(codec, denoiser.net, "student", tmp_path / "loras")
 
 
 # Scorers

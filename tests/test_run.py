@@ -195,13 +195,14 @@ def test_the_log_has_means_over_its_iterations(tmp_path):
     assert all(row["images_per_second"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, bad):
     """At the next log line, with the iteration and the name; nothing that it spoiled is saved."""
     honest = yoso.train_step
 
     def poisoned(iteration, *rest):
         losses = honest(iteration, *rest)
-        return losses | dict(L_con=losses["L_con"] * (float("nan") if iteration >= 5 else 1))
+        return losses | dict(L_con=losses["L_con"] + (bad if iteration >= 5 else 0))
     monkeypatch.setattr(yoso, "train_step", poisoned)
     message = r"iteration 6: L_con is not finite.*checkpoint of iteration 4 is kept"
     with pytest.raises(UserError, match=message):
@@ -222,6 +223,69 @@ def test_a_loss_that_is_not_finite_in_another_process_stops_this_one(tmp_path, m
     with pytest.raises(UserError, match="iteration 2: L is not finite"):
         for i in range(4):
             run.finish_iteration(i, dict(L=torch.tensor(1.0)))
+    run.end()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_of_a_part_that_is_not_finite_is_named(tmp_path, bad):
+    """Before it is shown, also where nothing is to be saved."""
+    run, (first, second) = run_of(tmp_path, sample_every=2), layers()
+    run.begin(dict(first=first, second=second))
+    draw = lambda: pytest.fail("drawn before the check")
+    assert run.finish_iteration(0, {}, draw) is False
+    with torch.no_grad():
+        second.bias.fill_(bad)
+    with pytest.raises(UserError, match="iteration 2: second.bias is not finite.*no checkpoint yet"):
+        run.finish_iteration(1, {}, draw)
+    run.end()
+
+
+def test_a_number_that_is_not_finite_in_another_process_stops_this_one(tmp_path, monkeypatch):
+    """Here in the second of the numbers that a checkpoint would hold."""
+    def exchange(tensor, op=None, group=None):
+        if op is plumbing.run.dist.ReduceOp.MIN:
+            tensor[1] = 0
+
+    run = run_of(tmp_path, sample_every=2)
+    run.begin(dict(net=torch.nn.Linear(1, 1)))
+    run.world = 2
+    monkeypatch.setattr(plumbing.run.dist, "all_reduce", exchange)
+    with pytest.raises(UserError, match="iteration 1: net.bias is not finite"):
+        run.check_finite(1)
+    run.end()
+
+
+def test_lines_of_the_log_that_a_run_goes_on_behind(tmp_path, capsys):
+    """Damaged ones are dropped and told, except the last one, which a kill has cut short."""
+    run = run_of(tmp_path)
+    run.make_folder()
+    run.start = 4
+    good = ['{"iteration": 2}', '{"iteration": 4, "L": 1}']
+    bad = ["", "{", "[]", "3", "null", "{}", '{"iteration": "x"}', "[" * 10**5, '{"iteration": 6}', "\ufffd"]
+    log = run.out / "metrics.jsonl"
+    log.write_text("\n".join([good[0], *bad, good[1], '{"iteration": 6, "L"']))
+    run._cut_log()
+    assert log.read_text().splitlines() == good
+    assert capsys.readouterr().err.count(f"{log}: a damaged line is dropped") == len(bad) - 1
+    log.write_text("")
+    run._cut_log()
+    assert log.read_text() == ""
+
+
+def test_the_run_waits_after_what_only_the_first_process_does(tmp_path, monkeypatch):
+    """Which may take longer than a step: without the time-out of one."""
+    waits = []
+    run = run_of(tmp_path, iterations=6, log_every=1, sample_every=2, save_every=3)
+    monkeypatch.setattr(plumbing.run.dist, "barrier", lambda **more: waits.append(more))
+    monkeypatch.setattr(plumbing.run.dist, "all_reduce", lambda tensor, *more, group: None)
+    monkeypatch.setattr(plumbing.run.dist, "broadcast", lambda *more: None)
+    run.world = 2
+    run.steps = "the group of the steps"
+    run.begin(dict(net=torch.nn.Linear(1, 1)))
+    assert waits == [{}], "for the checkpoint, the log and the folder"
+    for i, times in enumerate((1, 2, 3, 4, 4, 5)):
+        run.finish_iteration(i, {}, lambda: torch.zeros(1, 3, 8, 8))
+        assert waits == [{}] * times
     run.end()
 
 
@@ -281,6 +345,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert latest_checkpoint(finished / "checkpoint").name == f"{ITERATIONS:08d}"
     assert metrics(finished)[0]["L_D"] == pytest.approx(2 * math.log(2), abs=0.02), "D starts undecided"
     assert not unexplained(finished)
+    assert (finished / "pipeline" / "checksums.json").exists()
 
 
 def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):

@@ -1,5 +1,7 @@
 """The command swiftbrush_v2.py on tiny pipelines: its stages, resuming, sampling, wrong input."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -21,6 +23,7 @@ from helpers import (
     weights,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import swiftbrush_v2 as sb
 from common import UserError, ddim_sample, draw_samples, load, one_step
@@ -127,6 +130,19 @@ def test_stopping_and_resuming_is_exact(folder, finished, tmp_path):
     sb.main(flags(folder, tmp_path))
     assert equal(states(tmp_path), states(finished))
     assert equal(weights(tmp_path / "pipeline"), weights(finished / "pipeline"))
+
+
+def test_a_student_without_all_its_weights_is_not_merged(folder, finished, tmp_path):
+    """Of a pipeline that has come without its checksums."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "b" / "pipeline" / "checksums.json").unlink()
+    file = out / "b" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    kept = load_file(file)
+    lost = sorted(kept)[0]
+    del kept[lost]
+    save_file(kept, file, dict(format="pt"))
+    with pytest.raises(UserError, match=f"pipeline: damaged .*lacks the weights {lost}"):
+        sb.main(flags(folder, out, "--stage", "merge"))
 
 
 def test_finished_stages_are_taken_up(folder, finished, tmp_path):

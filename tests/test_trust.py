@@ -215,6 +215,35 @@ def test_tensors_of_another_run_are_not_taken(models, finished, tmp_path):
         shutil.rmtree(tmp_path / f"other {kind}")
 
 
+@pytest.mark.parametrize("kind", ["full", "swiftbrush", "diff_instruct"])
+def test_no_damaged_pipeline_is_sampled(models, finished, tmp_path, kind):
+    out = shutil.copytree(finished(kind), tmp_path / kind)
+    damage_network(out / "pipeline")
+    argv = ["sample", "--run", str(out), "--num", "2", "--grid", str(tmp_path / "grid.png"), "--device",
+            "cpu"]
+    with pytest.raises(UserError, match="pipeline: damaged, unet/.* is not what was written"):
+        KINDS[kind][0].main(argv)
+    assert not (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize("kind, flag", [("full", "--model"), ("swiftbrush", "--model"),
+                                        ("swiftbrush", "--student"), ("diff_instruct", "--model"),
+                                        ("diff_instruct", "--student")])
+def test_no_damaged_pipeline_is_trained_on(models, finished, tmp_path, kind, flag):
+    """One that a run has written, and a bit of which was flipped."""
+    damaged = shutil.copytree(finished("swiftbrush") / "pipeline", tmp_path / "damaged")
+    damage_network(damaged)
+    with pytest.raises(UserError, match="damaged: damaged, unet/.* is not what was written"):
+        train(kind, models, tmp_path / "run", flag, str(damaged))
+    assert not (tmp_path / "run").exists()
+
+
+def damage_network(pipeline):
+    """Turns over a bit of its network's weights."""
+    file = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(DAMAGES["a flipped bit"](file.read_bytes()))
+
+
 # Full disks
 
 def train_within(size, errors, script, argv):
