@@ -59,6 +59,9 @@ def test_the_student_draws_it_in_one_call():
     student, codec = load(ASSETS / "mini-student")
     pictures = draw_samples(student, codec, Shapes(32).captions(wanted), 0)
     assert evaluate.shapes_report(to_levels(pictures), wanted)["right"] > 0.9
+    pipe = DiffusionPipeline.from_pretrained(ASSETS / "mini-student")  # as its card says
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(CAPTIONS[0], num_inference_steps=1, guidance_scale=1).images[0].size == (32, 32)
     files = [file for file in (ASSETS / "mini-student").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 8 * 2**20
 
