@@ -190,12 +190,12 @@ def perturb(parameters, size=0.1):
 
 
 def unexplained(*runs):
-    """The keys in the logs below these folders that the README's table does not explain."""
-    readme = (ROOT / "README.md").read_text()
+    """The keys in the logs below these folders that docs/metrics.md does not explain."""
+    page = (ROOT / "docs" / "metrics.md").read_text()
     logs = [log.read_text().splitlines() for run in runs for log in Path(run).rglob("metrics.jsonl")]
     keys = {key for lines in logs for line in lines for key in json.loads(line)}
     assert "iteration" in keys
-    return sorted(key for key in keys if f"| `{key}` |" not in readme)
+    return sorted(key for key in keys if f"| `{key}` |" not in page)
 
 
 def gaussian_denoiser(schedule, variance):

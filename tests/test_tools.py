@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -583,31 +582,3 @@ def test_scaling_over_two_processes(tmp_path):
     benchmark.main(["yoso", *TINY, "--processes", "2", "--repeats", "5", "--json", str(path)])
     rates = json.loads(path.read_text())
     assert set(rates) == {"whole", "part", "together", "apart"} and all(rate > 0 for rate in rates.values())
-
-
-# The README
-
-def commands_of_the_readme():
-    """(script, its words) of every command in the README that runs one of ours."""
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"(?:python|torchrun[^\n`]*?) ((?:tools/)?\w+\.py)([^\n#`]*)", readme)
-    return [(script, shlex.split(rest.replace("...", ""))) for script, rest in found]
-
-
-def test_every_command_of_the_readme_has_existing_flags():
-    """Those that train are parsed, and their flags work together."""
-    commands = commands_of_the_readme()
-    assert len(commands) >= 8 and {script for script, _ in commands} >= set(SCRIPTS)
-    shared = (ROOT / "plumbing" / "cli.py").read_text()
-    for name, words in commands:
-        script = SCRIPTS.get(name)
-        if script and words[:1] not in (["sample"], ["merge"]) and "--help" not in words:
-            script.check(parse_config(script.Config, script.PRESETS, words, "", script.preset_of))
-            continue
-        text = (ROOT / name).read_text() + shared
-        configs = [pretrain.Config] if name == "tools/pretrain.py" else [script.Config] if script else []
-        if name in ("tools/benchmark.py", "tools/forecast.py"):
-            configs = [script.Config for script in SCRIPTS.values()]
-        known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
-        known |= set(re.findall(r'"--([a-z0-9-]+)"', text)) | {"help"}
-        assert {word[2:].split("=")[0] for word in words if word.startswith("--")} <= known, (name, words)
