@@ -20,7 +20,7 @@ from common import UserError, one_line
 
 CHECKSUMS = "checksums.json"  # of the files of an exported folder
 READ_AT_ONCE = 2**24  # bytes of a file
-ANSWER_SECONDS = 5  # that the processes have to report after a failed exchange
+ANSWER_SECONDS = 10  # that the processes have to report after a failed exchange
 
 
 @contextmanager
