@@ -199,7 +199,7 @@ FINE_TUNE = {
     "full": FULL,
     "lora": FULL | dict(rank=64, ema=0.999, iterations=5000),
     "pixart": FULL | dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
-    # For assets/mini-sd; measured here, see the results in the README.
+    # For assets/mini-sd; measured here, see docs/yoso.md.
     "mini": MINI | dict(lr=2e-4, lr_d=2e-4, lambda_con=0.5),
     "mini-epsilon": MINI | dict(lr=5e-5, lr_d=5e-5),
     "mini-lora": MINI | dict(rank=64, alpha=64, lr=5e-4, lr_d=2e-4, lambda_con=0.5, iterations=1300),

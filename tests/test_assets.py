@@ -19,7 +19,7 @@ from plumbing.files import check_folder
 from plumbing.grids import to_levels
 from plumbing.shapes import Shapes
 
-TEACHER_GUIDANCE = 2.0  # its best, see the README
+TEACHER_GUIDANCE = 2.0  # its best, see docs/mini-sd.md
 ASSETS = ROOT / "assets"
 MODELS = ("mini-sd", "mini-clip", "mini-judge", "mini-pickscore", "mini-taesd")
 
@@ -43,7 +43,7 @@ def test_diffusers_alone_gives_the_same_picture():
 
 
 def test_the_teacher_draws_what_the_caption_says():
-    """60 captions; 1,000 are measured in the README."""
+    """60 captions; 1,000 are measured in docs/mini-sd.md."""
     wanted = Shapes(32, 5).attributes(range(60))
     captions, teacher, right = Shapes(32).captions(wanted), load(ASSETS / "mini-sd"), {}
     for steps in (25, 1):
@@ -53,7 +53,7 @@ def test_the_teacher_draws_what_the_caption_says():
 
 
 def test_the_student_draws_it_in_one_call():
-    """60 captions; 1,000 are measured in the README. Its files are whole, and half of float32."""
+    """60 captions; 1,000 were measured once. Its files are whole, and half of float32."""
     check_folder(ASSETS / "mini-student")
     wanted = Shapes(32, 5).attributes(range(60))
     student, codec = load(ASSETS / "mini-student")

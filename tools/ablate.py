@@ -96,20 +96,19 @@ ARMS = {"yoso": YOSO, "yoso_t2i": YOSO_T2I, "yoso_pixart": YOSO_PIXART, "swiftbr
 # Of every run; the arms of yoso_pixart have their own.
 ITERATIONS = {"yoso": 2500, "yoso_t2i": 600, "yoso_pixart": 800, "swiftbrush_v2": 400,
               "diff_instruct_star": 200}
-DISTANCE = {"frechet": "distance", "precision": "precision", "recall": "recall"}
-JUDGED = {"judge_frechet": "judge's distance", "judge_precision": "its precision",
-          "judge_recall": "its recall"}
+DISTANCE = {"frechet": "FD-clip", "precision": "precision", "recall": "recall"}
+JUDGED = {"judge_frechet": "FD-heldout", "judge_precision": "precision, held out",
+          "judge_recall": "recall, held out"}
 RIGHT, MINUTES = {"right": "all attributes right"}, {"minutes": "minutes"}
 COLUMNS = {
-    "yoso": {"frechet": "Fréchet distance", "modes": "modes of 36", "clean": "clean", "sharp": "sharp",
+    "yoso": {"frechet": "FD-conv", "modes": "modes of 36", "clean": "clean", "sharp": "sharp",
              "precision": "precision", "recall": "recall", "L_D": "L_D, last half"} | MINUTES,
     "yoso_t2i": DISTANCE | JUDGED | RIGHT | MINUTES,
-    "yoso_pixart": {"frechet": "distance"} | JUDGED | RIGHT | {"background_error": "background's error"},
-    "swiftbrush_v2": (DISTANCE | {"clip_score": "CLIP score"} | JUDGED | {"judge_score": "its score"}
-                      | RIGHT | MINUTES),
-    "diff_instruct_star": {"reward_score": "reward", "judge_score": "probe (judge)",
-                           "clip_score": "CLIP score", "judge_frechet": "distance",
-                           "judge_precision": "precision", "judge_recall": "recall"} | RIGHT | MINUTES,
+    "yoso_pixart": {"frechet": "FD-clip"} | JUDGED | RIGHT | {"background_error": "background's error"},
+    "swiftbrush_v2": (DISTANCE | {"clip_score": "CLIP score"} | JUDGED
+                      | {"judge_score": "held-out CLIP score"} | RIGHT | MINUTES),
+    "diff_instruct_star": {"reward_score": "reward", "judge_score": "held-out CLIP score",
+                           "clip_score": "CLIP score"} | JUDGED | RIGHT | MINUTES,
 }
 
 

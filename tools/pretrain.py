@@ -97,11 +97,11 @@ class Config:
 PRESETS = {
     "shapes": {},
     "cifar10": dict(channels=(128, 256, 256, 256), batch_size=128, lr=2e-4, iterations=200_000),
-    "base": dict(iterations=2000),  # measured here: a mini model takes on another palette, README
+    "base": dict(iterations=2000),  # measured here: a mini model takes on another palette
 }
 
-# Iterations, batch size, learning rate; measured here: what reaches the README's figures in less than an hour
-# of two cores.
+# Iterations, batch size, learning rate; measured here: what reaches the figures of docs/mini-sd.md in less
+# than an hour of two cores.
 PARTS = {
     "vae": (3000, 32, 2e-3),
     "taesd": (2000, 32, 2e-3),
