@@ -296,7 +296,9 @@ def draw_samples(student, codec, prompts, seed):
 
 @torch.no_grad()
 def draw_many_steps(teacher, codec, prompts, steps, guidance_scale, seed=0):
-    """The pictures that a teacher's DDIM draws from the noise of draw_samples, in all its timesteps at most.
+    """The pictures that a teacher's DDIM draws from the noise of draw_samples.
+
+    A teacher with fewer timesteps than `steps` takes one step a timestep.
     """
     pictures, steps = [], min(steps, len(teacher.schedule))
     for y, z in chunks_of(prompts, codec, seed):

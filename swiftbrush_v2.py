@@ -624,7 +624,8 @@ def sample_command(argv):
     folders = dict(merged=run / "pipeline", b=run / "b" / "pipeline", a=run / "a" / "pipeline")
     if (run / "model_index.json").exists():
         folders = dict(merged=run)
-    found = [name for name in ((args.which,) if args.which else folders) if folders[name].exists()]
+    found = [name for name in ((args.which,) if args.which else folders)
+             if name in folders and folders[name].exists()]
     if not found:
         raise UserError(f"--run {run}: no finished student {args.which or ''} in it; "
                         "see its samples/ while it runs")

@@ -958,7 +958,7 @@ def export(config, run, sampler, ema, original, captions):
             with ema.applied():
                 ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(sampler, captions, nfe, 0)]
         if run.rank == 0:
-            rows = ["original, 1 step", "original, 25 steps", *(f"YOSO, {nfe} calls" for nfe in (1, 2, 4))]
+            rows = ["original, 1 step", "original, 25 steps", "YOSO, 1 call", "YOSO, 2 calls", "YOSO, 4 calls"]
             save_grid(torch.cat([original, *ours]), run.out / "comparison.png", rows=rows, captions=captions)
             print(f"{run.out}/comparison.png: the original beside YOSO, same captions\n"
                   f"{folder}: a diffusers pipeline for 1, 2 or 4 steps")

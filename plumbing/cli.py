@@ -57,8 +57,8 @@ class RunFlags:
                                "encoders leave the device", "run")
     workers: int = flag(0, "processes that read pictures, where a run trains on any", "run", least=0,
                         most=1000)
-    timeout: int = flag(45, "seconds that a process waits for the others within a step; when they are up it "
-                        "names who does not answer and ends", "run", least=1)
+    timeout: int = flag(45, "seconds that a process waits for the others within a step, before it names the "
+                        "missing one and ends", "run", least=1)
     track: str = flag("", "also write the log for this tracker into OUT (pip install tensorboard)", "run",
                       choices=("", "tensorboard"))
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
@@ -215,6 +215,8 @@ def check_sample_flags(args):
     check_writable(args.grid, "--grid", ".png", deep=True)
     if args.save and Path(args.save).exists():
         raise UserError(f"--save {args.save}: exists already; choose a new folder")
+    if args.save:
+        check_writable(args.save, "--save", deep=True)
     for prompt in args.prompts or ():
         try:
             check_text(prompt)

@@ -92,7 +92,9 @@ def write_folder(path, save):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             save(temporary)
-            write_text(temporary / CHECKSUMS, json.dumps(checksums_of(temporary), indent=1))
+            written = checksums_of(temporary)
+            written.pop("README.md", None)  # the card is its owner's to edit
+            write_text(temporary / CHECKSUMS, json.dumps(written, indent=1))
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
         finally:
@@ -228,7 +230,7 @@ def silent_ranks():
 def lock(path):
     """Holds a file for this process until the object that it returns is closed or the process ends.
 
-    Even a killed process gives it free. Raises UserError if another process holds it.
+    A process that is killed frees it too. Raises UserError if another process holds it.
     """
     with writing(path):
         file = open(path, "w")

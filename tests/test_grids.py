@@ -103,3 +103,5 @@ def test_a_student_is_sampled_without_its_run(tmp_path):
     assert len(captions) == 3 and captions <= set(Shapes.all_captions())
     sb.main([*command, "--grid", str(tmp_path / "one.png"), "--prompts", "a small blue square on gray"])
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "all.png").read_bytes()
+    with pytest.raises(UserError, match="no finished student a in it"):
+        sb.main([*command, "--which", "a"])
