@@ -521,7 +521,7 @@ def train(config):
         if run.finish_iteration(iteration, losses, samples):
             break
     run.end()
-    card = model_card("Diff-Instruct* (arXiv 2410.20898)", config)
+    card = model_card("Diff-Instruct* (arXiv 2410.20898)", config, codec)
     export_student(run, codec, models.student, models.ema, card=card)
     if run.shows:
         with models.ema.applied():

@@ -513,7 +513,7 @@ def train_student(stage, config, loaded, prompts):
         if run.finish_iteration(iteration, losses, samples):
             break
     run.end()
-    card = model_card(f"SwiftBrush v2 (arXiv 2408.14176), student {stage.upper()}", config)
+    card = model_card(f"SwiftBrush v2 (arXiv 2408.14176), student {stage.upper()}", config, loaded.codec)
     export_student(run, loaded.codec, models.student, models.ema, card=card)
     remove_lora(loaded.teacher.net, "lora_teacher")
     if stage == "b":
@@ -590,8 +590,8 @@ def merge_students(config, teacher, codec, prompts, scorer):
     if int(os.environ.get("RANK", 0)) > 0:  # the process has lent its part of a sharded teacher
         return
     folder = Path(config.out) / "pipeline"
-    net, card = dense_copy(teacher.net, merged, "cpu"), model_card("SwiftBrush v2 (arXiv 2408.14176)", config)
-    export_one_step(codec, net, prediction, folder, len(schedule), card=card)
+    card = model_card("SwiftBrush v2 (arXiv 2408.14176)", config, codec)
+    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, folder, len(schedule), card=card)
     many = [prompts[i % len(prompts)] for i in range(512)]
     for name, state in dict(A=state_a, B=state_b, merged=merged).items():
         student = Denoiser(dense_copy(teacher.net, state, codec.device), schedule, prediction)

@@ -950,7 +950,7 @@ def export(config, run, sampler, ema, original, captions):
     embedding is the mapping network of z.
     """
     generator, folder = sampler.generator, run.out / "pipeline"
-    card = model_card("YOSO (arXiv 2403.12931)", config, sampler.prior is not None)
+    card = model_card("YOSO (arXiv 2403.12931)", config, sampler.codec, sampler.prior is not None)
     if config.model:  # a run has a prior just where its SNR_T is not zero
         prior = sampler.prior
         export_student(run, sampler.codec, generator, ema, zero_snr=prior is None, prior=prior, card=card)
@@ -958,7 +958,8 @@ def export(config, run, sampler, ema, original, captions):
             with ema.applied():
                 ours = [picture for nfe in (1, 2, 4) for picture in draw_pictures(sampler, captions, nfe, 0)]
         if run.rank == 0:
-            rows = ["original, 1 step", "original, 25 steps", "YOSO, 1 call", "YOSO, 2 calls", "YOSO, 4 calls"]
+            rows = ["original, 1 step", "original, 25 steps",
+                    "YOSO, 1 call", "YOSO, 2 calls", "YOSO, 4 calls"]
             save_grid(torch.cat([original, *ours]), run.out / "comparison.png", rows=rows, captions=captions)
             print(f"{run.out}/comparison.png: the original beside YOSO, same captions\n"
                   f"{folder}: a diffusers pipeline for 1, 2 or 4 steps")
@@ -972,7 +973,10 @@ def export(config, run, sampler, ema, original, captions):
         pipe = DDPMPipeline(net, scratch_scheduler(config.levels))
 
         def save(path):
-            net.save_pretrained(path / "unet") if config.latent_z else pipe.save_pretrained(path)
+            if config.latent_z:
+                net.save_pretrained(path / "unet")
+            else:
+                pipe.save_pretrained(path)
             write_text(path / "README.md", card)
 
         write_folder(folder, save)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import UserError, one_line
 from plumbing.data import check_text
-from plumbing.files import silent_ranks
+from plumbing.files import silent_ranks, want_of_a_process
 
 SEED = dict(least=0, below=2**63)
 
@@ -239,7 +239,7 @@ def run_command(main):
         tell(f"{place}: {error.strerror}" if error.strerror else one_line(error))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if dist.is_initialized() and "gloo" in str(error):
+        if want_of_a_process(error):
             lost = ", ".join(map(str, silent_ranks())) or "unknown"
             tell(f"rank {lost}: has ended, or does not answer; the same command goes on from what is saved")
             sys.exit(2)

@@ -213,6 +213,11 @@ def agreed(make):
     return found[0]
 
 
+def want_of_a_process(error):
+    """Whether an exchange has failed because another process has ended or does not answer."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def silent_ranks():
     """The processes that do not report within some seconds: asked by all that live when an exchange failed.
 

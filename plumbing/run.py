@@ -41,6 +41,7 @@ from plumbing.files import (
     lock,
     origin_of,
     silent_ranks,
+    want_of_a_process,
     write_text,
     writing,
 )
@@ -256,7 +257,9 @@ class Run:
     def _exchange(self, exchange):
         try:
             exchange()
-        except RuntimeError:
+        except RuntimeError as error:
+            if not want_of_a_process(error):
+                raise
             self.bar.close()
             lost = ", ".join(map(str, silent_ranks())) or "unknown"
             raise UserError(f"rank {lost}: has ended, or did not answer for --timeout {self.config.timeout} "

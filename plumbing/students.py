@@ -149,10 +149,10 @@ def export_student(run, codec, student, ema, **more):
         export_one_step(codec, net, student.prediction_type, path, len(student.schedule), **more)
 
 
-def model_card(method, config, prior=False):
+def model_card(method, config, codec, prior=False):
     """The README.md of an exported pipeline, as the Hugging Face hub reads it.
 
-    method: the method's name; config: the run's flags.
+    method: the method's name; config: the run's flags; prior: whether one lies beside it.
     """
     base, defaults = config.model, type(config)()
     local = not base or Path(base).exists()
@@ -164,21 +164,25 @@ def model_card(method, config, prior=False):
              if value != getattr(defaults, name) and name not in places]
     start = ("Start from its informative_prior.safetensors; from plain noise the pictures are too grey.\n"
              if prior else "")
-    front = ["---", *([] if local else [f"base_model: {base}"]), "library_name: diffusers", "license: other",
-             "license_name: that-of-the-base-model", "tags: [one-step, few-step, distillation]", "---"]
+    licence = ["license: other", "license_name: that-of-the-base-model"] if base else []
+    front = ["---", *([] if local else [f"base_model: {base}"]), "library_name: diffusers", *licence,
+             "tags: [one-step, few-step, distillation]", "---"]
     name = Path(base).name if local else base
     source = f"{name}, whose licence also holds for these weights" if base else "scratch"
+    use = f"""```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(FOLDER_OR_ID)
+images = pipe({"" if codec.vae is None else "PROMPT, guidance_scale=1, "}num_inference_steps=1).images
+```"""
+    if getattr(config, "latent_z", 0):
+        use = "No diffusers pipeline draws its latent z: the run's folder is sampled by `python yoso.py sample`."
     return "\n".join(front) + f"""
 # One-step generator, {method}
 
 Trained from {source}. Preset {config.preset}, {config.iterations} iterations of batch {config.batch_size}.
 Flags that differ from the defaults: `{" ".join(flags) or "none"}`.
 
-```python
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(FOLDER_OR_ID)
-images = pipe({"PROMPT, guidance_scale=1, " if base else ""}num_inference_steps=1).images
-```
+{use}
 {start}"""
 
 

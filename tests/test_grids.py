@@ -12,7 +12,7 @@ from PIL import Image
 import plumbing.run
 import swiftbrush_v2 as sb
 import yoso
-from common import UserError
+from common import UserError, load
 from plumbing.data import Folder
 from plumbing.grids import save_grid, save_pictures, to_levels
 from plumbing.run import tracker
@@ -64,12 +64,25 @@ def test_a_card_stands_beside_every_pipeline(tmp_path):
     assert text.startswith("---\nlibrary_name: diffusers\n") and text.count("---\n") == 2
     assert "YOSO" in text and "Trained from scratch" in text and "--channels 8 16" in text
     assert str(tmp_path) not in text, "no names of places on this machine"
+    assert "license" not in text and "PROMPT" not in text
     config = sb.Config(model="stabilityai/stable-diffusion-2-1-base", rank=3, prompts="/home/me/prompts.txt")
-    card = model_card("SwiftBrush v2", config, prior=True)
+    codec = load("assets/mini-sd")[1]
+    card = model_card("SwiftBrush v2", config, codec, prior=True)
     assert "base_model: stabilityai/stable-diffusion-2-1-base\n" in card and "/home/me" not in card
     assert "--rank 3" in card and "informative_prior.safetensors" in card and "guidance_scale=1" in card
-    local = model_card("SwiftBrush v2", replace(config, model="assets/mini-sd"))
+    local = model_card("SwiftBrush v2", replace(config, model="assets/mini-sd"), codec)
     assert "base_model" not in local and "Trained from mini-sd" in local
+
+
+def test_the_code_of_a_card_runs(tmp_path):
+    """As it stands, with the folder's name filled in; there is none where no pipeline fits."""
+    for name, more in (("plain", []), ("latent", ["--latent-z", "8"])):
+        yoso.main([*TINY, "--iterations", "1", "--out", str(tmp_path / name), *more])
+    plain, latent = (tmp_path / name / "pipeline" / "README.md" for name in ("plain", "latent"))
+    assert "```" not in latent.read_text() and "yoso.py sample" in latent.read_text()
+    code, images = plain.read_text().split("```")[1].removeprefix("python\n"), {}
+    exec(code.replace("FOLDER_OR_ID", repr(str(plain.parent))), images)
+    assert len(images["images"]) == 1
 
 
 def test_the_log_goes_to_tensorboard_too(tmp_path):
