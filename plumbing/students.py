@@ -175,7 +175,7 @@ pipe = DiffusionPipeline.from_pretrained(FOLDER_OR_ID)
 images = pipe({"" if codec.vae is None else "PROMPT, guidance_scale=1, "}num_inference_steps=1).images
 ```"""
     if getattr(config, "latent_z", 0):
-        use = "No diffusers pipeline draws its latent z: the run's folder is sampled by `python yoso.py sample`."
+        use = "No diffusers pipeline draws its latent z: `python yoso.py sample` draws from the run's folder."
     return "\n".join(front) + f"""
 # One-step generator, {method}
 
