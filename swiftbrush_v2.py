@@ -591,7 +591,8 @@ def merge_students(config, teacher, codec, prompts, scorer):
         return
     folder = Path(config.out) / "pipeline"
     card = model_card("SwiftBrush v2 (arXiv 2408.14176)", config, codec)
-    export_one_step(codec, dense_copy(teacher.net, merged, "cpu"), prediction, folder, len(schedule), card=card)
+    net = dense_copy(teacher.net, merged, "cpu")
+    export_one_step(codec, net, prediction, folder, len(schedule), card=card)
     many = [prompts[i % len(prompts)] for i in range(512)]
     for name, state in dict(A=state_a, B=state_b, merged=merged).items():
         student = Denoiser(dense_copy(teacher.net, state, codec.device), schedule, prediction)
