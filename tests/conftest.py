@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test may wait for a network
@@ -29,6 +30,17 @@ def pytest_configure(config):
     """Slow tests only run when they are asked for: python -m pytest -m "slow or not slow"."""
     config.addinivalue_line("markers", "slow: more of what a quick test has shown")
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+@pytest.fixture(scope="module")
+def few_pictures():
+    """Rewards are measured on 8 pictures in place of 512, which would take longer than a tiny training."""
+    import diff_instruct_star  # only where a test needs it: the import takes seconds
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(diff_instruct_star, "measure_rewards",
+                        partial(diff_instruct_star.measure_rewards, num=8))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from functools import partial
 
 import pytest
 import tiny
@@ -53,12 +52,7 @@ def flags(folder, out, *more):
         "--log-every", 1, "--sample-every", 4, *more]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_pictures():
-    """Rewards are measured on 8 pictures in place of 512, which would take longer than the training."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(di, "measure_rewards", partial(di.measure_rewards, num=8))
-        yield
+pytestmark = pytest.mark.usefixtures("few_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,12 +50,7 @@ KINDS = {
 SCRIPTS = {script.__name__: script for script in (yoso, sb, di)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_pictures():
-    """Rewards are measured on 8 pictures in place of 512."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(di, "measure_rewards", partial(di.measure_rewards, num=8))
-        yield
+pytestmark = pytest.mark.usefixtures("few_pictures")
 
 
 @pytest.fixture(scope="module")
