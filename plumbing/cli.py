@@ -240,8 +240,8 @@ def run_command(main):
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if want_of_a_process(error):
-            lost = ", ".join(map(str, silent_ranks())) or "unknown"
-            tell(f"rank {lost}: has ended, or does not answer; the same command goes on from what is saved")
+            tell(f"rank {silent_ranks()}: has ended, or does not answer; "
+                 "the same command goes on from what is saved")
             sys.exit(2)
         # torch has a class of its own for the memory of accelerators alone.
         if not isinstance(error, MemoryError) and "allocate" not in str(error):

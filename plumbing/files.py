@@ -9,6 +9,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -218,18 +219,39 @@ def want_of_a_process(error):
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def silent_ranks():
-    """The processes that do not report within some seconds: asked by all that live when an exchange failed.
+def silent_ranks(seconds=0):
+    """The processes that do not report, as text: asked by all that live when an exchange failed.
 
-    An exchange that has failed does not say for want of whom.
+    An exchange that has failed does not say for want of whom. Who lives may notice it by so many seconds
+    after this process, if it waits for one that has noticed; who decides first decides for all.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store, now = dist.distributed_c10d._get_default_store(), time.monotonic()
+    soon, late = now + ANSWER_SECONDS, now + ANSWER_SECONDS + seconds
     try:
         store.set(f"alive/{dist.get_rank()}", "")
-        time.sleep(ANSWER_SECONDS)
-        return [rank for rank in range(dist.get_world_size()) if not store.check([f"alive/{rank}"])]
+        while not store.check(["lost"]):
+            silent = [rank for rank in range(dist.get_world_size()) if not store.check([f"alive/{rank}"])]
+            if time.monotonic() > (soon if len(silent) < 2 else late):
+                store.compare_set("lost", "", ", ".join(map(str, silent)) or "unknown")
+            time.sleep(0.2)
+        lost = store.get("lost").decode()
+        if dist.get_rank() == 0:
+            time.sleep(2)  # it keeps the store, where the others are still looking
+        return lost
     except (RuntimeError, dist.DistError):
-        return [0]  # it kept the store
+        return "0"  # it kept the store
+
+
+WAITS = count()  # of this process for the first
+
+
+def wait_for_first():
+    """Waits for torch's half an hour until the first process has come here as often as this one."""
+    store, key = dist.distributed_c10d._get_default_store(), f"first/{next(WAITS)}"
+    if dist.get_rank() == 0:
+        store.set(key, "")
+    else:
+        store.wait([key], dist.default_pg_timeout)
 
 
 def lock(path):

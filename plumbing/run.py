@@ -41,6 +41,7 @@ from plumbing.files import (
     lock,
     origin_of,
     silent_ranks,
+    wait_for_first,
     want_of_a_process,
     write_text,
     writing,
@@ -225,7 +226,10 @@ class Run:
                         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.window, self.skipped = [], set()
         self.window_start, self.window_iteration = time.perf_counter(), self.start
-        self.wait()
+        if self.world > 1:
+            # All have loaded, each in its time: torch's half an hour. On the host: between GPUs a barrier
+            # would give up after a third of that.
+            self._exchange(lambda: dist.all_reduce(torch.zeros(1)))
 
     def _cut_log(self):
         log = self.out / "metrics.jsonl"
@@ -242,13 +246,14 @@ class Run:
             write_text(log, "\n".join(kept))
 
     def wait(self):
-        """Waits until all processes are here, after work that only the first has: for torch's half an hour.
+        """Waits until all processes are here, after work that the first has longer with than the others.
 
-        Raises UserError if a process has ended.
+        For the first, torch's half an hour; then for all as in a step. Raises UserError if a process has
+        ended or does not answer.
         """
         if self.world > 1:
-            # On the host: between GPUs a barrier would give up after a third of that.
-            self._exchange(lambda: dist.all_reduce(torch.zeros(1)))
+            self._exchange(wait_for_first)
+            self._reduce(torch.zeros(1))
 
     def _reduce(self, tensor, operation=dist.ReduceOp.SUM):
         group = self.steps if tensor.device.type == "cpu" else None
@@ -261,7 +266,7 @@ class Run:
             if not want_of_a_process(error):
                 raise
             self.bar.close()
-            lost = ", ".join(map(str, silent_ranks())) or "unknown"
+            lost = silent_ranks(self.config.timeout)
             raise UserError(f"rank {lost}: has ended, or did not answer for --timeout {self.config.timeout} "
                             f"seconds, stopped; {self._kept()}; the same command continues")
 

@@ -177,27 +177,44 @@ def test_what_is_there_is_not_made_again(tmp_path):
 
 # Several processes
 
-def test_who_does_not_answer_is_named(monkeypatch):
-    """Those that report within some seconds are not; if the store is gone, its process is."""
-    class Store:
-        def __init__(self):
-            self.alive = {"alive/3"}
+@pytest.mark.parametrize("answers, seconds, silent, after", [
+    ({0: 3, 3: 0}, 40, "2", 10),  # one is missing: soon
+    ({0: 3, 3: 25}, 40, "2", 25),  # two are missing until the second has noticed too
+    ({0: 3}, 40, "2, 3", 50),
+    ({0: 3, 2: 4, 3: 5}, 40, "unknown", 10),
+])
+def test_who_does_not_answer_is_named(monkeypatch, answers, seconds, silent, after):
+    """answers: rank -> the second in which it reports; this process is rank 1."""
+    clock = [0.0]
 
+    class Store(dict):
         def set(self, key, value):
-            self.alive.add(key)
+            self[key] = value
 
         def check(self, keys):
-            return set(keys) <= self.alive
+            self.update({f"alive/{rank}": "" for rank, second in answers.items() if second <= clock[0]})
+            return all(key in self for key in keys)
 
-    class Lost(Store):
+        def compare_set(self, key, expected, value):
+            self.setdefault(key, value.encode())
+
+    store = Store()
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(plumbing.files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(plumbing.files.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+    assert silent_ranks(seconds) == silent
+    assert abs(clock[0] - after) < 1
+    store["lost"] = b"3"  # another has decided
+    assert silent_ranks(seconds) == "3"
+
+
+def test_without_the_store_its_process_is_named(monkeypatch):
+    class Lost:
         def set(self, key, value):
             raise torch.distributed.DistNetworkError("recvValue failed")
 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    for store, silent in ((Store(), [2]), (Lost(), [0])):
-        monkeypatch.setattr(plumbing.files.time, "sleep",
-                            lambda seconds, store=store: store.set("alive/0", ""))
-        monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store",
-                            lambda store=store: store)
-        assert silent_ranks() == silent
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Lost)
+    assert silent_ranks() == "0"
