@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from datetime import timedelta
+from itertools import count
 
 import pytest
 import torch
@@ -218,3 +220,17 @@ def test_without_the_store_its_process_is_named(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Lost)
     assert silent_ranks() == "0"
+
+
+def test_the_others_wait_for_the_first(monkeypatch):
+    """Each time until it has come as often: not for one another."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(torch.distributed, "default_pg_timeout", timedelta(seconds=0.2))
+    counters = count(), count()  # of the two processes that are played here
+    for rank in (0, 1, 0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(plumbing.files, "WAITS", counters[rank])
+        plumbing.files.wait_for_first()
+    with pytest.raises(torch.distributed.DistError):  # the first has come twice
+        plumbing.files.wait_for_first()

@@ -276,19 +276,19 @@ def test_the_run_waits_after_what_only_the_first_process_does(tmp_path, monkeypa
     """Which may take longer than a step: without the time-out of one."""
     waits = []
     run = run_of(tmp_path, iterations=6, log_every=1, sample_every=2, save_every=3)
-
-    def exchange(tensor, operation=None, group=None):
-        if not group:
-            waits.append(tensor)
+    exchange = lambda tensor, operation=None, group=None: waits.append("step" if group else "all")
     monkeypatch.setattr(plumbing.run.dist, "all_reduce", exchange)
+    monkeypatch.setattr(plumbing.run, "wait_for_first", lambda: waits.append("first"))
     monkeypatch.setattr(plumbing.run.dist, "broadcast", lambda *more: None)
     run.world = 2
     run.steps = "the group of the steps"
     run.begin(dict(net=torch.nn.Linear(1, 1)))
-    assert len(waits) == 1, "for the checkpoint, the log and the folder"
-    for i, times in enumerate((1, 2, 3, 4, 4, 5)):
+    assert waits == ["all"], "for the checkpoint, the log and the folder"
+    for i, shows_or_saves in enumerate((False, True, True, True, False, True)):
+        waits.clear()
         run.finish_iteration(i, {}, lambda: torch.zeros(1, 3, 8, 8))
-        assert len(waits) == times
+        # After the first, all wait for one another: one that has stopped meanwhile is noticed.
+        assert waits[-2:] == (["first", "step"] if shows_or_saves else ["step"] * len(waits[-2:]))
     run.end()
 
 
