@@ -28,7 +28,8 @@ import yoso
 from common import Draws, InformativePrior, NoiseSchedule, UserError, load
 from plumbing.cli import parse_config
 from plumbing.data import load_dataset
-from plumbing.shapes import Shapes
+from plumbing.grids import save_grid, to_levels
+from plumbing.shapes import COLOURS, Shapes
 
 SCRIPTS = {f"{script.__name__}.py": script for script in (yoso, swiftbrush_v2, diff_instruct_star)}
 
@@ -423,7 +424,13 @@ def test_an_arm_that_says_nothing(code, reason, tmp_path, monkeypatch, capsys):
     (["empty", "--png", "x.doc"], "--png x.doc: cannot be written .it must end in .png"),
     (["empty", "--png", ""], "--png '': cannot be written"), (["empty", "--log"], "--log: only with --arms"),
     (["empty", "empty", "--arms", "x", "--keys", "a", "b"], "--arms: takes one folder"),
-    (["empty", "--arms", "x", "--keys", "a", "b"], "--arms x: empty has no row"), ([], "runs")])
+    (["empty", "--arms", "x", "--keys", "a", "b"], "--arms x: empty has no row"), ([], "give one of: f"),
+    (["empty", "--strip", "empty"], "give one of: folders of runs, --centres BEFORE AFTER, --strip RUN"),
+    (["--strip", "empty"], "--strip empty: there are no sam"), (["--strip", "absent"], "--strip absent: "),
+    (["--centres", "absent", "empty"], "--centres absent: there is no such folder"),
+    (["--centres", "a", "b", "--num", "0"], "--num 0: must be at least 1"),
+    (["empty", "--num", "5"], "--num: only with --centres"),
+    (["--strip", "empty", "--keys", "L_D"], "--keys: only with runs")])
 def test_plot_names_what_is_wrong(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -440,13 +447,104 @@ def test_plot_names_what_is_wrong(flags, message, tmp_path, monkeypatch, capsys)
 def test_arms_have_names_of_their_own_and_flags_that_exist(method):
     arms = ablate.ARMS[method]
     assert len({ablate.name_of(arm, 0) for arm in arms}) == len(arms)
-    script = SCRIPTS["yoso.py" if method.startswith("yoso") else f"{method}.py"]
     for flags, _, _ in arms.values():
         if flags is not None:
+            script = SCRIPTS["yoso.py" if method.startswith("yoso") else f"{method}.py"]
             argv = [flag.format(iterations=3, longer=9, out="out", seed=0) for flag in flags]
             config = parse_config(script.Config, script.PRESETS, argv, "", script.preset_of)
             script.check(config)
             assert config.iterations in (1, 3, 9, 100, 200, 400, 800)
+
+
+def test_network_calls_are_counted(tmp_path, monkeypatch, capsys):
+    """Guidance asks twice a step; nothing is trained; a student that is not there is named and left out."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ablate, "train", None)
+    monkeypatch.setitem(ablate.CALLS, "gone", (None, None, dict(model="runs/absent/pipeline", steps=1)))
+    assert "failed" in ablate.run_row("calls", "gone", 0, 0, tmp_path, 10)
+    error = capsys.readouterr().err
+    assert error.endswith("gone-seed0: not run: runs/absent/pipeline: there is no such directory\n")
+    monkeypatch.setattr(ablate, "evaluate", lambda nfe=None, steps=25, guidance=1.0, **_: (
+        dict(steps=nfe) if nfe else dict(steps=steps, guidance=guidance)))
+    calls = [ablate.run_row("calls", arm, 0, 0, tmp_path, 10)["calls"] for arm in ablate.CALLS]
+    assert calls == [2, 4, 8, 16, 32, 50, 1, 1, 1, 2, 4, 1]
+
+
+def test_axes_are_in_words(tmp_path, finished):
+    """With the better way, which a turned label's arrow shows too; unknown keys stay; both axes are log."""
+    rows = [("teacher, 1 step", 2, 0.1), ("teacher, 25 steps", 50, 0.005), ("Star*, 1 call", 1, 0.01)]
+    for i, (arm, calls, value) in enumerate(rows):
+        row = dict(arm=arm, calls=calls, judge_frechet=value, unknown=1)
+        (tmp_path / f"{i}.json").write_text(json.dumps(row))
+    axis, = plot.plot_rows(tmp_path, ["teacher, ?*", "Star*, ?*"], ["calls", "judge_frechet"], True).axes
+    assert axis.get_xlabel() == "network calls a picture"
+    assert axis.get_ylabel() == "FD-heldout (lower is better ←)"
+    assert axis.yaxis.label.get_rotation() == 90  # so that ← points down
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    shown = [text.get_text() for text in axis.get_xticklabels()]
+    assert {"1", "2", "5", "10", "20", "50"} <= set(shown)
+    line, dot = axis.lines
+    assert (line.get_label(), line.get_marker(), list(line.get_xdata())) == ("teacher", "None", [2, 50])
+    assert (dot.get_label(), dot.get_marker(), list(dot.get_ydata())) == ("Star*", "o", [0.01])
+    axis, = plot.plot_rows(tmp_path, ["?*"], ["unknown", "calls"], False).axes
+    assert (axis.get_xlabel(), axis.get_xscale(), axis.get_yscale()) == ("unknown", "linear", "linear")
+    panels = plot.plot_runs([finished], ["L_D", "grad_G"]).axes
+    assert [axis.get_ylabel() for axis in panels] == ["L_D, loss of D (dashed: 2 ln 2)", "grad_G"]
+    assert not re.search("judge|probe|distance", " ".join(plot.WORDS.values()))
+
+
+def test_the_centres_of_two_pipelines(tmp_path, monkeypatch):
+    """Each shape a dot where it stands and in its colour, y downwards; the same captions and noises."""
+    dataset, asked = Shapes(32), []
+    places = [torch.tensor([0.4, 0.6, 0.5, 0.4]), torch.tensor([0.5, 0.5, 0.5, 0.5])]
+    drawn = [dataset.attributes(range(4)) | dict(x=x, y=torch.full((4,), 0.6), radius=torch.full((4,), 0.25))
+             for x in places]
+
+    def chunks(denoiser, codec, captions, **settings):
+        asked.append((captions, settings))
+        pictures = dataset.draw(drawn[len(asked) - 1])
+        yield pictures[:3], captions[:3]
+        yield pictures[3:], captions[3:]
+
+    codec = SimpleNamespace(guided=True, picture_size=32)
+    monkeypatch.setattr(plot, "load", lambda path: (None, codec))
+    monkeypatch.setattr(plot, "many_step_chunks", chunks)
+    figure = plot.plot_centres([tmp_path, tmp_path], 4)
+    for axis, x, colours in zip(figure.axes, places, (a["colour"] for a in drawn)):
+        dots = axis.collections[0]
+        expected = torch.stack([x, torch.full((4,), 0.6)], 1)
+        assert np.allclose(dots.get_offsets(), expected, atol=0.01)
+        assert np.allclose(dots.get_facecolors()[:, :3], [list(COLOURS.values())[i] for i in colours])
+        assert (axis.get_xlim(), axis.get_ylim(), axis.get_aspect()) == ((0, 1), (1, 0), 1)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["before: mean 0.13 from the middle", "after: mean 0.10 from the middle"]
+    assert asked[0] == asked[1] and len(asked[0][0]) == 4
+    codec.picture_size = 512
+    with pytest.raises(UserError, match="--centres .*: it draws no shapes"):
+        plot.plot_centres([tmp_path, tmp_path], 4)
+
+
+def test_a_film_strip(tmp_path, monkeypatch):
+    """The first rows of seven of ten grids, unchanged, each beside its iteration."""
+    labels, labelled = [], plot.labelled
+    monkeypatch.setattr(plot, "labelled", lambda *given: labels.extend(given[3]) or labelled(*given))
+    grids = {50 * i: torch.rand(16, 3, 32, 32) * 2 - 1 for i in range(1, 11)}
+    for iteration, pictures in grids.items():
+        save_grid(pictures, tmp_path / "samples" / f"{iteration:07d}.png")
+    save_grid(grids[50], tmp_path / "samples" / "final.png")
+    plot.main(["--strip", str(tmp_path), "--png", str(tmp_path / "strip.png")])
+    strip = np.asarray(Image.open(tmp_path / "strip.png"))
+    rows = [50, 100, 150, 200, 250, 350, 500]
+    assert labels == [f"iteration {i}" for i in rows] and strip.shape[0] == 7 * 66 + 2
+    left = strip.shape[1] - (8 * 66 + 2)
+    assert left > 60 and all((strip[i * 66:i * 66 + 66, :left] < 128).any() for i in range(7))
+    for i, iteration in enumerate(rows):
+        for k, picture in enumerate(to_levels(grids[iteration][:8])):
+            cell = strip[2 + 66 * i:66 + 66 * i, left + 2 + 66 * k:left + 66 + 66 * k]
+            assert (cell[::2, ::2] == picture.permute(1, 2, 0).numpy()).all()
+    (tmp_path / "samples" / "0000050.png").write_text("damaged")
+    with pytest.raises(UserError, match="--strip .*: a grid cannot be read .*0000050.png"):
+        plot.film_strip(tmp_path)
 
 
 # benchmark.py

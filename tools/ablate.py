@@ -5,14 +5,17 @@
     python tools/ablate.py yoso_pixart --seeds 0               Figures 3 and 7, on pretrain.py's mini-linear
     python tools/ablate.py swiftbrush_v2 --seeds 0 1 2         SwiftBrush v2's Table 5, on the mini model
     python tools/ablate.py diff_instruct_star --seeds 0 1 2    Diff-Instruct*'s Table 2, from SwiftBrush's
+    python tools/ablate.py calls --seeds 0                     quality against network calls; trains nothing
     python tools/ablate.py yoso --table                        only the table of the rows that exist
 
 Each arm is the method's script with the flags below and nothing else changed, measured by tools/evaluate.py
-on one-step samples.
+on one-step samples. The arms of `calls` are the teacher in few and in many steps, assets/mini-student, and
+what diff_instruct_star.py and a fine-tuning by yoso.py left in runs/; what is missing is named and left out.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +32,7 @@ from plumbing.files import write_text, writing
 
 # What an arm changes: its flags, the folder that arms of a seed share (so that merges find their students;
 # None: one of its own), and which pipeline below it is measured (None: the run itself). An arm without flags
-# trains nothing: the teacher, or the student that all start from.
+# trains nothing; in the pipeline's place it has evaluate's arguments for a model that exists.
 LENGTH = ["--iterations", "{iterations}"]
 YOSO = {
     "yoso": (LENGTH, None, None),
@@ -40,6 +43,13 @@ YOSO = {
 }
 MODEL, CLIP, JUDGE, TEACHER_GUIDANCE = "assets/mini-sd", "assets/mini-clip", "assets/mini-judge", 2.0
 REWARD = "assets/mini-pickscore"
+
+
+def teacher(steps):
+    """The arm that measures the teacher with so many steps."""
+    return None, None, dict(model=MODEL, steps=steps, guidance=TEACHER_GUIDANCE)
+
+
 # All arms of a seed go on from one adapted model, which the first makes; D is made from the original.
 FINE_TUNE = ["--model", "{out}/adapted-alone-seed{seed}/adapt-2/pipeline", "--preset", "mini",
              "--discriminator", MODEL, *LENGTH]
@@ -59,7 +69,7 @@ YOSO_PIXART = {
 BUDGET = [*LENGTH, "--iterations-b", "{iterations}"]
 MERGE = [*BUDGET, "--stage", "merge", "--merge-lambda"]
 SWIFTBRUSH = {
-    "teacher, 25 steps": (None, None, None),
+    "teacher, 25 steps": teacher(25),
     "v1: epsilon student": ([*BUDGET, "--stage", "a", "--prediction", "epsilon"], "v1", "a/pipeline"),
     "A": ([*BUDGET, "--stage", "a"], "shared", "a/pipeline"),
     "B without CLIP": ([*BUDGET, "--stage", "b", "--clip-weight", "0"], "b-without", "b/pipeline"),
@@ -82,7 +92,7 @@ def diff_instruct_arm(divergence, alpha_rew, alpha_cfg, *more):
 
 
 DIFF_INSTRUCT = {
-    "init": (None, None, None),
+    "init": (None, None, dict(model=STUDENT, steps=1)),
     "KL 0, 0": diff_instruct_arm("kl", "0", "0"),
     **{f"KL {a}, 7.5": diff_instruct_arm("kl", a, "7.5") for a in ("0", "1", "3", "10", "30", "100")},
     "choice 1 10, 7.5": diff_instruct_arm("score", "10", "7.5", "--cfg-choice", "1"),
@@ -91,11 +101,18 @@ DIFF_INSTRUCT = {
     "score 10, 4.5": diff_instruct_arm("score", "10", "4.5"),
     "score 10, 7.5, longer": diff_instruct_arm("score", "10", "7.5", "--iterations", "{longer}"),
 }
+CALLS = {
+    **{f"teacher, {n} step{'s' * (n > 1)}": teacher(n) for n in (1, 2, 4, 8, 16, 25)},
+    "SwiftBrush v2, 1 call": (None, None, dict(model="assets/mini-student", steps=1)),
+    "Diff-Instruct*, 1 call": (None, None, dict(model="runs/diff_instruct_star/pipeline", steps=1)),
+    **{f"YOSO, {n} call{'s' * (n > 1)}": (None, None, dict(model="runs/yoso_t2i/pipeline", nfe=n))
+       for n in (1, 2, 4)},
+}
 ARMS = {"yoso": YOSO, "yoso_t2i": YOSO_T2I, "yoso_pixart": YOSO_PIXART, "swiftbrush_v2": SWIFTBRUSH,
-        "diff_instruct_star": DIFF_INSTRUCT}
-# Of every run; the arms of yoso_pixart have their own.
+        "diff_instruct_star": DIFF_INSTRUCT, "calls": CALLS}
+# Of every run; the arms of yoso_pixart have their own, those of calls none.
 ITERATIONS = {"yoso": 2500, "yoso_t2i": 600, "yoso_pixart": 800, "swiftbrush_v2": 400,
-              "diff_instruct_star": 200}
+              "diff_instruct_star": 200, "calls": 0}
 DISTANCE = {"frechet": "FD-clip", "precision": "precision", "recall": "recall"}
 JUDGED = {"judge_frechet": "FD-heldout", "judge_precision": "precision, held out",
           "judge_recall": "recall, held out"}
@@ -109,12 +126,13 @@ COLUMNS = {
                       | {"judge_score": "held-out CLIP score"} | RIGHT | MINUTES),
     "diff_instruct_star": {"reward_score": "reward", "judge_score": "held-out CLIP score",
                            "clip_score": "CLIP score"} | JUDGED | RIGHT | MINUTES,
+    "calls": {"calls": "network calls", "frechet": "FD-clip"} | JUDGED | RIGHT,
 }
 
 
 def name_of(arm, seed):
     """The name of a row's files."""
-    words = arm.split("(")[0].lower().replace(",", "").replace(":", "").split()
+    words = re.sub("[,:*]", "", arm.split("(")[0].lower()).split()
     return f"{'-'.join(words)}-seed{seed}"
 
 
@@ -152,13 +170,11 @@ def run_row(method, arm, seed, iterations, out, num):
             half = [m["L_D"] for m in read_metrics(run) if m["iteration"] > iterations / 2]
             row |= dict(L_D=sum(half) / len(half), **evaluate(run=run, num=num, seed=seed))
         else:
-            if pipeline or method == "diff_instruct_star":
-                calls = dict(nfe=1) if method.startswith("yoso_") else dict(steps=1)
-                measured = dict(model=run / pipeline if pipeline else STUDENT, **calls)
-            else:
-                measured = dict(model=MODEL, steps=25, guidance=TEACHER_GUIDANCE)
+            calls = dict(nfe=1) if method.startswith("yoso_") else dict(steps=1)
+            measured = pipeline if arguments is None else dict(model=run / pipeline, **calls)
             row |= evaluate(**measured, num=num, seed=seed, features=CLIP, clip=CLIP, judge=JUDGE,
                             reward=REWARD)
+            row["calls"] = row["steps"] * (1 if row.get("guidance", 1) == 1 else 2)  # guidance asks twice
         write_text(out / f"{name}.json", json.dumps(row, indent=1, default=str))
     except (UserError, KeyError, ZeroDivisionError) as error:  # the other arms go on
         reason = error if isinstance(error, UserError) else f"{run}: damaged, it lacks {error}"
