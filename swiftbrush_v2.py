@@ -5,7 +5,8 @@ pictures another. The frozen teacher knows the score of the second; a second net
 trained all along to know the score of the first. Where the two scores differ, the student's pictures are
 moved: down the KL divergence from the student to the teacher (variational score distillation, VSD). Version 2
 trains two such students, A (all weights, VSD alone) and B (a LoRA, VSD and a clamped CLIP loss), and averages
-their weights: the merged student is better than both, and than the teacher's many steps.
+their weights: the merged student has B's precision and most of A's diversity. (In the paper it is better than
+both and than the teacher's many steps; docs/swiftbrush_v2.md has what holds here.)
 
 One iteration of a student; the same numbers stand in train_step:
   1. z ~ N(0, I), prompt y; f = f_theta(z, y) at the last timestep T, with its graph
@@ -628,8 +629,8 @@ def sample_command(argv):
     found = [name for name in ((args.which,) if args.which else folders)
              if name in folders and folders[name].exists()]
     if not found:
-        raise UserError(f"--run {run}: no finished student {args.which or ''} in it; "
-                        "see its samples/ while it runs")
+        which = f" {args.which}" * bool(args.which)
+        raise UserError(f"--run {run}: no finished student{which} in it; see its samples/ while it runs")
     check_folder(folders[found[0]])
     student, codec = load(folders[found[0]], choose_device(args.device))
     alone = folders["merged"] == run  # a student without its run: the default's captions

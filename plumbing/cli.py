@@ -198,13 +198,14 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
 def sample_flags(prog, out, nfe=(1,)):
     """The parser of a script's `sample` command; nfe: the allowed numbers of network calls, None: any."""
     parser = Parser(prog=f"{prog} sample", description="Pictures of a run as a grid.")
-    parser.add_argument("--run", default=out, help="the run's folder")
+    parser.add_argument("--run", default=out, help="the run's folder [%(default)s]")
     parser.add_argument("--prompts", nargs="+", help="prompts, in turn; default: the run's own")
-    parser.add_argument("--num", type=int, default=64, help="number of pictures")
-    parser.add_argument("--nfe", type=int, default=1, choices=nfe, help="network calls a picture")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--grid", default="grid.png", help="the PNG to write")
+    parser.add_argument("--num", type=int, default=64, help="number of pictures [%(default)s]")
+    parser.add_argument("--nfe", type=int, default=1, choices=nfe,
+                        help="network calls a picture [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise [%(default)s]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
+    parser.add_argument("--grid", default="grid.png", help="the PNG to write [%(default)s]")
     parser.add_argument("--save", default="", help="a new folder for single pictures, with their captions")
     return parser
 
@@ -222,6 +223,8 @@ def check_sample_flags(args):
             check_text(prompt)
         except ValueError as error:
             raise UserError(f"--prompts {ascii(prompt)}: {one_line(error)}")
+    if not Path(args.run).is_dir():
+        raise UserError(f"--run {args.run}: there is no such folder; train first, or give another --run")
 
 
 def run_command(main):

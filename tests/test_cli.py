@@ -429,9 +429,12 @@ def test_lpips_without_a_network(tmp_path, monkeypatch, capsys):
 
 
 def test_prompts_that_are_no_text_are_refused(tmp_path):
-    args = argparse.Namespace(run="run", num=1, nfe=1, seed=0, grid=str(tmp_path / "grid.png"),
+    args = argparse.Namespace(run=tmp_path, num=1, nfe=1, seed=0, grid=str(tmp_path / "grid.png"),
                               save="", prompts=["a circle", "a \udcff circle"])
     with pytest.raises(UserError, match=r"--prompts 'a \\udcff circle': "):
         plumbing.cli.check_sample_flags(args)
     args.prompts.pop()
     plumbing.cli.check_sample_flags(args)
+    args.run = tmp_path / "absent"
+    with pytest.raises(UserError, match="--run .*absent: there is no such folder; train first"):
+        plumbing.cli.check_sample_flags(args)
