@@ -32,12 +32,12 @@ the schedule, one level at least; lambda_t -> lambda_rec * min(reconstruction_we
 lambda_t^con -> lambda_con * min(w(t), weight_limit), w = 1 / (1/SNR(t) - 1/SNR(c)), under --con-weight sqrt
 with the square roots of the SNRs (preset full: lambda_con 2, sqrt, weight_limit 5); h -> half, a HalfUNet.
 
-Differences from the paper as printed. The discriminator's second term is log(1 - D(fake)), not -log D(fake),
-as in any GAN. The real side and the target are under stop-gradient in both places. Real and fake go into D
-with the fake's t (under --adversary ufogen both are noised to max(t - k, 0), and D is told that level). From
+Differences from the paper as printed. The discriminator's second term is log(1 - D(fake)); the printed
+-log D(fake) is right for the generator alone. The real side is under stop-gradient in Eq. 4 and 6 too. From
 scratch the generator is diffusers' UNet2DModel instead of NCSN++: no tanh (samples are clamped instead), no
-FIR resampling. The second stage of the adaptation regresses onto the velocity of the rescaled schedule, for
-the printed one would leave noise in a perfect student.
+FIR resampling; the presets shapes and small have l2 for LPIPS, 20 times both weights, and R1, which section
+5.1 does without. The adaptation has the weight 1 for lambda_t and clamps the teacher's x0; its second stage
+regresses onto the rescaled schedule's velocity, for the printed one leaves noise in a perfect student.
 
 Differences from the authors' fine-tuning script. The script averages D's logits over the batch before the
 softplus, and the reconstruction error over the whole batch before weighting, so it has E[w] E[error] where
@@ -247,8 +247,8 @@ def reconstruction_weight(snr_t):
 def consistency_weight(snr_t, snr_r):
     """lambda_t^con = 1 / (1/SNR(t) - 1/SNR(r)), [B] (appendix G.1).
 
-    From scratch SNR(0) is 1e8, as good as infinite, and the weight at r = 0 is SNR(t). A pretrained
-    schedule's SNR(0) is finite, though predict_x0 returns the clean x0 there.
+    From scratch SNR(0) is infinite, and the weight at r = 0 is SNR(t). A pretrained schedule's SNR(0) is
+    finite, though predict_x0 returns the clean x0 there.
     """
     return 1 / (1 / snr_t - 1 / snr_r)
 

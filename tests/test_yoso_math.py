@@ -8,7 +8,7 @@ A = alpha_t^2 s^2 + sigma_t^2 is the variance of x_t.
   Y3  the best L_D against Y1's generator: the self-cooperative task is harder than the data's above level 1
   Y4  consistency alone: with one eps for both levels k stays near Y1's at level 1, with two it shrinks to 0
   Y5  UFOGen's two sides at t - 1: their divergence vanishes with t, where that of the clean sides grows
-  Y6  the informative prior: without it the one-step mean at SD's last timestep is short by up to 93 %
+  Y6  the informative prior: without it the one-step mean at SD's last timestep is short by 6.8 % (Y2's k)
   Y7  the adaptation: targets give back x0 exactly; with the printed one noise stays in x0 (6.8 % for SD)
   Y8  stop-gradients: nothing reaches theta through x0 or target (of whole updates: test_yoso_step.py)
 
