@@ -348,17 +348,30 @@ class EMA:
 
     @contextmanager
     def applied(self):
-        """Inside the with block the parameters hold the averages."""
-        with torch.no_grad():
-            kept = {n: p.clone() for n, p in self.parameters.items()}
-            for name, p in self.parameters.items():
-                p.copy_(self.average[name])
+        """Inside the with block the parameters hold the averages, and this EMA cannot be asked for them.
+
+        The two, both of float32, change places tensor by tensor: a copy of all would take the memory of one
+        more network.
+        """
+        # So that whoever asks inside fails, rather than take, or save, the weights for the averages.
+        averages, self.average, exchanged = self.average, None, []
+
+        @torch.no_grad()
+        def exchange(name):
+            p, average = self.parameters[name], averages[name]
+            kept = p.clone()
+            p.copy_(average)
+            average.copy_(kept)
+
         try:
+            for name in averages:
+                exchange(name)
+                exchanged.append(name)
             yield
         finally:
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    p.copy_(kept[name])
+            for name in exchanged:
+                exchange(name)
+            self.average = averages
 
     def state_dict(self):
         """The averages by parameter name."""

@@ -153,8 +153,9 @@ class Config(RunFlags):
 
     channels: tuple = flag((128, 288, 288, 288), "from scratch: of the generator, by resolution; "
                            "with 288 it has 47.3 M parameters; paper: 48 M", least=8, most=10_000)
-    layers: int = flag(2, "residual blocks a resolution; NCSN++: 2", least=1, most=100)
-    attention: bool = flag(True, "at the second resolution (16 x 16 of 32) and in the middle, as NCSN++")
+    layers: int = flag(2, "from scratch: residual blocks a resolution; NCSN++: 2", least=1, most=100)
+    attention: bool = flag(True, "from scratch: at the second resolution (16 x 16 of 32) and in the middle, "
+                           "as NCSN++")
     latent_z: int = flag(100, "from scratch: size of DDGAN's latent z, 0: none; DDGAN: 100", least=0,
                          most=10_000)
     channels_d: tuple = flag((128, 256, 512, 512), "from scratch: of the discriminator, by resolution; "
@@ -757,7 +758,9 @@ def check(config):
     if config.model:
         presets = ", ".join(FINE_TUNE)
         refuse(config.preset in SCRATCH, "preset", f"trains from scratch; --model takes one of {presets}")
-        refuse(config.latent_z, "latent_z", "is for a run from scratch; with --model give 0")
+        for name in ("image_size", "levels", "channels", "layers", "attention", "latent_z", "channels_d"):
+            given = getattr(config, name) != FINE_TUNE[config.preset].get(name, getattr(Config, name))
+            refuse(given, name, "is for a run from scratch; leave it out with --model")
         for name in ("rec_distance", "con_distance"):
             refuse(getattr(config, name) == "lpips", name, "compares pictures; --model takes latent or l2")
         refuse(config.flip and config.cache_latents, "flip", "cannot mirror cached latents; give --no-flip")

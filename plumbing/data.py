@@ -4,9 +4,10 @@ import codecs
 import io
 import json
 import os
+import sys
 import tarfile
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,8 @@ class Folder(Dataset):
     """The pictures below a folder, resized and centre-cropped to size x size.
 
     A picture's caption stands in metadata.jsonl ({"file_name", "text"} a line), else in a .txt beside the
-    picture, else it is the name of the class folder that holds the picture, else empty. A picture that is
-    unreadable, or whose .txt is, is replaced by the next one and named in "skipped".
+    picture; where no picture has one, it is the name of the class folder that holds the picture; else it is
+    empty. A picture that is unreadable, or whose .txt is, is replaced by the next one and named in "skipped".
     """
 
     endless = False
@@ -66,12 +67,15 @@ class Folder(Dataset):
         else:
             paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
             texts = set(root.rglob("*.txt"))
-            class_name = {p: p.parent.name if p.parent != root else "" for p in paths}
-            if not texts:
-                self.classes = sorted(set(class_name.values()) - {""})
-            text = {p: p.with_suffix(".txt") for p in paths}
-            self.samples = [(p, text[p] if text[p] in texts else class_name[p]) for p in paths]
-            for name in sorted({caption for _, caption in self.samples if isinstance(caption, str)}):
+            written = {p: text for p in paths if (text := p.with_suffix(".txt")) in texts}
+            if written:
+                self.samples = [(p, written.get(p, "")) for p in paths]
+                if len(written) < len(paths):
+                    tell_of_uncaptioned(root, len(paths) - len(written), len(paths))
+            else:
+                self.samples = [(p, p.parent.name if p.parent != root else "") for p in paths]
+                self.classes = sorted({name for _, name in self.samples} - {""})
+            for name in self.classes:
                 try:
                     check_text(name)
                 except ValueError:
@@ -120,6 +124,14 @@ class Folder(Dataset):
         written = [caption for caption in captions if isinstance(caption, Path)]
         present = filter(os.path.isfile, [*paths, *written])  # metadata.jsonl may name what is not there
         return states_of(present) + [str(caption) for caption in captions]
+
+
+@cache  # a run reads its folder more than once
+def tell_of_uncaptioned(root, without, number):
+    """Says on stderr that so many of a folder's pictures have no caption."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{without} of {number} pictures of {root} have no .txt caption; theirs is empty",
+              file=sys.stderr)
 
 
 SHARDS = {"webdataset": "*.tar", "parquet": "*.parquet"}

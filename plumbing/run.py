@@ -367,7 +367,7 @@ class Run:
             del flat, means  # before the next bucket is copied
 
     def finish_iteration(self, iteration, losses, draw=None):
-        """Logs, shows and saves when due; True if the run must stop now (Ctrl-C or SIGTERM on any rank).
+        """Logs, saves and shows when due; True if the run must stop now (Ctrl-C or SIGTERM on any rank).
 
         losses: name -> scalar tensor, losses and norms of gradients. draw() -> pictures [N, 3, H, W] in
         [-1, 1] for samples/, on the ranks where the run shows them. Raises UserError, with nothing written,
@@ -387,10 +387,10 @@ class Run:
         try:
             if shows or saves or done % config.log_every == 0:
                 self._log(done, self.check_finite(done, shows or saves))
-            if shows and self.shows:
-                save_grid(draw(), self.out / "samples" / f"{done:07d}.png")
             if saves:
                 self.save(done)
+            if shows and self.shows:  # last, for it may need memory that is not there
+                save_grid(draw(), self.out / "samples" / f"{done:07d}.png")
         except UserError:
             self.bar.close()  # its line would hold the message too
             raise

@@ -154,21 +154,30 @@ def model_card(method, config, codec, prior=False):
 
     method: the method's name; config: the run's flags; prior: whether one lies beside it.
     """
-    base, defaults = config.model, type(config)()
-    local = not base or Path(base).exists()
-    # Names of places on this machine are nobody else's business.
-    places = {"out", "resume", "device", "workers", "preset", "model", "student", "lora", "prompts",
-              "dataset", "generator", "generator_lora", "discriminator", "clip", "reward", "probe", "decoder"}
+    defaults = type(config)()
+    sources = ("model", "student", "lora", "generator", "generator_lora", "discriminator")
+    paths = [path for name in sources if (path := getattr(config, name, ""))]
+    # Of the hub: OWNER/NAME or OWNER/NAME/FILE. Places on this machine are nobody else's business, so of a
+    # directory only its own name is told, of a run's pipeline/ the run's.
+    public = lambda path: not path.startswith(("/", ".")) and not Path(path).exists()
+    own = lambda path: next(part for part in reversed(Path(path).absolute().parts) if part != "pipeline")
+    names = list(dict.fromkeys(path if public(path) else own(path) for path in paths))
+    bases = list(dict.fromkeys("/".join(path.split("/")[:2]) for path in paths if public(path)))
+    places = {"out", "resume", "device", "workers", "preset", "prompts", "dataset", "clip", "reward", "probe",
+              "decoder", *sources}
     flags = [f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
              for name, value in vars(config).items()
              if value != getattr(defaults, name) and name not in places]
     start = ("Start from its informative_prior.safetensors; from plain noise the pictures are too grey.\n"
              if prior else "")
-    licence = ["license: other", "license_name: that-of-the-base-model"] if base else []
-    front = ["---", *([] if local else [f"base_model: {base}"]), "library_name: diffusers", *licence,
+    several = len(names) > 1
+    owner = "those-of-the-base-models" if several else "that-of-the-base-model"
+    licence = ["license: other", f"license_name: {owner}"] if names else []
+    listed = bases[0] if len(bases) == 1 else f"[{', '.join(bases)}]"
+    front = ["---", *([f"base_model: {listed}"] if bases else []), "library_name: diffusers", *licence,
              "tags: [one-step, few-step, distillation]", "---"]
-    name = Path(base).name if local else base
-    source = f"{name}, whose licence also holds for these weights" if base else "scratch"
+    holds = "whose licences all hold" if several else "whose licence also holds"
+    source = f"{', '.join(names)}, {holds} for these weights" if names else "scratch"
     use = f"""```python
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(FOLDER_OR_ID)

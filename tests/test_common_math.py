@@ -3,16 +3,19 @@ informative prior, averages, distances, conditions.
 """
 
 import math
+import weakref
+from contextlib import nullcontext
 
 import lpips
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler
-from helpers import PIXART, SD, random_vgg
+from helpers import PIXART, SD, equal, random_vgg
 
 import common
 from common import EMA, Denoiser, Draws, InformativePrior, NoiseSchedule
+from plumbing.checkpoint import flat_state
 
 TYPES = ("sample", "epsilon", "v_prediction")
 
@@ -189,6 +192,65 @@ def test_ema_is_the_geometric_average():
     with ema.applied():
         assert module.weight.item() == pytest.approx(expected)
     assert module.weight.item() == -3
+
+
+def test_weights_and_averages_change_places_one_by_one(monkeypatch):
+    """At most one tensor is copied at a time, none stays; also an error gives back both to the bit."""
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    ema = EMA(module.named_parameters(), 0.9)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p))
+        module[0].bias.copy_(torch.tensor([-0.0, 1e-45, torch.inf, torch.nan]))
+    bits = lambda tensors: {name: t.detach().clone().view(torch.int32) for name, t in tensors.items()}
+    weights, averages = bits(dict(module.named_parameters())), bits(ema.average)
+    clone, copies, most = torch.Tensor.clone, [], []
+
+    def noted(tensor):
+        copy = clone(tensor)
+        copies.append(weakref.ref(copy))
+        most.append(sum(alive() is not None for alive in copies))
+        return copy
+
+    for error in (None, KeyError):
+        with monkeypatch.context() as patched, pytest.raises(error) if error else nullcontext():
+            patched.setattr(torch.Tensor, "clone", noted)
+            with ema.applied():
+                patched.undo()
+                assert len(most) == 6 and max(most) == 1 and not any(alive() is not None for alive in copies)
+                assert equal(bits(dict(module.named_parameters())), averages)
+                if error:
+                    raise error
+        assert equal(bits(dict(module.named_parameters())), weights) and equal(bits(ema.average), averages)
+        copies.clear(), most.clear()
+
+
+@pytest.mark.parametrize("use", [EMA.update, lambda ema: flat_state(dict(ema=ema)),
+                                 lambda ema: ema.load_state_dict({}), lambda ema: ema.applied().__enter__()],
+                         ids=["update", "save", "load", "applied"])
+def test_averages_in_place_of_the_weights_are_not_asked_for(use):
+    """What stands in their own place are the weights, and the EMA gives no wrong answer."""
+    module = torch.nn.Linear(2, 2)
+    ema = EMA(module.named_parameters(), 0.9)
+    with ema.applied(), pytest.raises((AttributeError, TypeError), match="NoneType"):
+        use(ema)
+    assert list(ema.state_dict()) == ["weight", "bias"]
+
+
+def test_an_average_that_finds_no_memory_changes_nothing(monkeypatch):
+    """In the middle of the exchange."""
+    module = torch.nn.Linear(2, 2)
+    ema = EMA(module.named_parameters(), 0.9)
+    with torch.no_grad():
+        module.weight.fill_(3)
+    states = [{name: t.clone() for name, t in s.items()} for s in (module.state_dict(), ema.state_dict())]
+    clone = torch.Tensor.clone
+    scarce = lambda tensor: pytest.fail("no memory") if tensor is module.bias else clone(tensor)
+    with monkeypatch.context() as patched, pytest.raises(pytest.fail.Exception):
+        patched.setattr(torch.Tensor, "clone", scarce)
+        with ema.applied():
+            pass
+    assert equal([module.state_dict(), ema.state_dict()], states)
 
 
 # Distances

@@ -173,7 +173,31 @@ def test_captions_alone(tmp_path, monkeypatch):
     (tmp_path / "cat" / "0.txt").write_text("a big cat\n")
     worded = load_dataset(str(tmp_path), 8)
     monkeypatch.setattr(plumbing.data.Image, "open", None)
-    assert dataset.all_captions() == ["cat", "dog"] and worded.all_captions() == ["a big cat", "cat", "dog"]
+    assert dataset.all_captions() == ["cat", "dog"] and worded.all_captions() == ["", "a big cat"]
+
+
+def test_pictures_without_a_caption_among_captioned_ones(tmp_path, monkeypatch, capsys):
+    """Have an empty one, not their folder's name, and are counted once; another .txt is no caption."""
+    for name in ("cat/0.png", "cat/1.png", "2.png"):
+        picture(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("from the attic")
+    captions = lambda dataset: [dataset[i]["caption"] for i in range(3)]
+    dataset = load_dataset(str(tmp_path), 8)
+    assert captions(dataset) == ["", "cat", "cat"] and dataset.classes == ["cat"]
+    (tmp_path / "cat" / "0.txt").write_text("a big cat\n")
+    monkeypatch.setenv("RANK", "1")
+    load_dataset(str(tmp_path), 8)
+    assert not capsys.readouterr().err, "the first process tells it"
+    plumbing.data.tell_of_uncaptioned.cache_clear()
+    monkeypatch.setenv("RANK", "0")
+    datasets = [load_dataset(str(tmp_path), 8) for _ in range(2)]
+    assert captions(datasets[0]) == ["", "a big cat", ""] and datasets[0].classes == []
+    told = f"2 of 3 pictures of {tmp_path} have no .txt caption; theirs is empty\n"
+    assert capsys.readouterr().err == told
+    for name in ("cat/1.txt", "2.txt"):
+        (tmp_path / name).write_text("a small cat")
+    load_dataset(str(tmp_path), 8)
+    assert not capsys.readouterr().err
 
 
 def test_broken_picture_is_replaced_and_named(tmp_path):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, fails, metrics, tiny_config
+from huggingface_hub import ModelCard
 from PIL import Image
 
+import diff_instruct_star as di
 import plumbing.run
 import swiftbrush_v2 as sb
 import yoso
@@ -72,6 +74,27 @@ def test_a_card_stands_beside_every_pipeline(tmp_path):
     assert "--rank 3" in card and "informative_prior.safetensors" in card and "guidance_scale=1" in card
     local = model_card("SwiftBrush v2", replace(config, model="assets/mini-sd"), codec)
     assert "base_model" not in local and "Trained from mini-sd" in local
+
+
+def test_a_card_names_all_that_weights_and_data_came_from(tmp_path):
+    """Each once, of directories the name alone; on the hub those that are there are the base models."""
+    codec, sd15 = load("assets/mini-sd")[1], "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    (run := tmp_path / "flywheel").mkdir()
+    (tmp_path / "turbo" / "pipeline").mkdir(parents=True)
+    generated = dict(generator=str(tmp_path / "turbo" / "pipeline"), generator_lora=str(run))
+    tuned = yoso.Config(model="a/pixart", lora=sd15, discriminator=sd15, **generated)
+    student = "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin"
+    distilled = di.Config(model="a/sdxl", student=student, lora="/gone/home/me/style", prompts="/home/me/x")
+    both = "licences all hold for these weights"
+    for config, text, bases in (
+            (tuned, f"Trained from a/pixart, {sd15}, turbo, flywheel, whose {both}.", ["a/pixart", sd15]),
+            (distilled, f"Trained from a/sdxl, {student}, style, whose {both}.", ["a/sdxl", "tianweiy/DMD2"]),
+            (di.Config(model="a/sdxl", student="a/sdxl"), "from a/sdxl, whose licence also holds", "a/sdxl"),
+            (di.Config(model="assets/mini-sd", student="assets/mini-student"), "mini-student, whose", None)):
+        card = ModelCard(model_card("A method", config, codec))
+        assert text in card.text and card.data.base_model == bases and card.data.license == "other"
+        assert card.data.license_name.startswith("those" if "all" in card.text else "that-")
+        assert "/me" not in card.content and str(tmp_path) not in card.content
 
 
 def test_the_code_of_a_card_runs(tmp_path):

@@ -292,6 +292,21 @@ def test_the_run_waits_after_what_only_the_first_process_does(tmp_path, monkeypa
     run.end()
 
 
+def test_a_run_that_cannot_draw_has_saved(tmp_path):
+    """Where there is no memory for the pictures, the next start goes on behind them."""
+    def draw():
+        raise MemoryError
+
+    run = run_of(tmp_path, sample_every=2, save_every=2)
+    run.begin(dict(net=torch.nn.Linear(1, 1)))
+    run.finish_iteration(0, {}, draw)
+    with pytest.raises(MemoryError):
+        run.finish_iteration(1, dict(L=torch.tensor(1.0)), draw)
+    run.end()
+    assert read_checkpoint(run.checkpoints)["iteration"] == metrics(run.out)[-1]["iteration"] == 2
+    assert not (run.out / "samples").exists() and run_of(tmp_path).start == 2
+
+
 def test_broken_pictures_are_counted_and_not_fatal(tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()

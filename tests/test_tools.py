@@ -121,6 +121,32 @@ def test_evaluate_a_run_that_fine_tunes(tmp_path):
     assert reports[0]["frechet"] != reports[1]["frechet"] and "right" in reports[0]
 
 
+def test_evaluate_a_run_on_its_own_pictures(tmp_path, monkeypatch, capsys):
+    """And with their captions; where they are gone, or the run had prompts alone, --dataset says which."""
+    (pictures := tmp_path / "pictures").mkdir()
+    for i, image in enumerate(drawings(8)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"a red circle {i}")
+    tiny.sd().save_pretrained(tmp_path / "run" / "pipeline")
+    measured = lambda run, **more: evaluate.evaluate(run=run, num=6, device="cpu", **more)
+    own = dict(dataset=str(pictures), prompts=f"captions of {pictures}, seed 30000", reference_num=6)
+    mini = yoso.PRESETS["mini"] | dict(preset="mini", dataset=str(pictures))
+    for config, stage in ((yoso.Config(**mini), ""), (swiftbrush_v2.Config(dataset=str(pictures)), "a"),
+                          (diff_instruct_star.Config(dataset=str(pictures)), "")):
+        (tmp_path / "run" / "config.json").unlink(missing_ok=True)
+        (place := tmp_path / "run" / stage / "config.json").parent.mkdir(exist_ok=True)
+        place.write_text(json.dumps(dataclasses.asdict(config)))
+        assert own.items() <= measured(tmp_path / "run").items()
+        place.unlink()
+    assert measured(tmp_path / "run", dataset="shapes")["dataset"] == "shapes"
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps(dict(model="sd", dataset=str(pictures), prompts="prompts.txt")))
+    assert measured(tmp_path / "run")["dataset"] == "shapes", "its pictures were not asked for"
+    config.write_text(json.dumps(dict(model="sd", dataset=str(tmp_path / "gone"))))
+    error = fails(monkeypatch, capsys, evaluate, "--run", tmp_path / "run", "--num", 6)
+    assert f"--dataset {tmp_path / 'gone'}: unknown; choose" in error
+
+
 def test_evaluate_two_folders(tmp_path, embed):
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()

@@ -485,6 +485,8 @@ def test_every_preset_can_be_trained(preset):
     """Its values are in range and work together."""
     more = ["--model", "a/b", "--dataset", "folder"] if preset in yoso.FINE_TUNE else []
     yoso.check(parse("--preset", preset, *more))
+    more += ["--image-size", 32, "--latent-z", 0] if more else []  # what they are anyway
+    yoso.check(parse("--preset", preset, *more))
 
 
 def test_the_papers_numbers():
@@ -572,6 +574,12 @@ def test_flags_that_do_not_fit_a_model(models, finished, tmp_path):
     for more, message in (
             (["--preset", "cifar10"], "--preset cifar10: trains from scratch"),
             (["--latent-z", 8], "--latent-z 8: is for a run from scratch"),
+            (["--image-size", 64], "--image-size 64: is for a run from scratch; leave it out with --model"),
+            (["--levels", 8], "--levels 8: is for a run from scratch"),
+            (["--channels", 8, 16], "--channels .*: is for a run from scratch"),
+            (["--channels-d", 8, 16], "--channels-d .*: is for a run from scratch"),
+            (["--layers", 1], "--layers 1: is for a run from scratch"),
+            (["--no-attention"], "--attention False: is for a run from scratch"),
             (["--con-distance", "lpips"], "--con-distance lpips: compares pictures"),
             (["--flip", "--cache-latents"], "--flip True: cannot mirror cached latents"),
             (["--generate", 5], "--generate 5: needs a --generator"),

@@ -304,6 +304,14 @@ def is_from_scratch(run):
     return config.exists() and not read_json(config).get("model")
 
 
+def dataset_of(run):
+    """The --dataset of a run that leaves a pipeline; None of one that had --prompts in its place."""
+    # SwiftBrush v2 has one in the folder of each stage.
+    configs = [Path(run) / stage / "config.json" for stage in ("", "a")]
+    config = next((read_json(path) for path in configs if path.exists()), {})
+    return None if config.get("prompts") else config.get("dataset")
+
+
 def asked_for(dataset, prompts, codec, num):
     """(num prompts of a file or a dataset, the attributes that those of shapes ask for, else None)."""
     if prompts:
@@ -331,6 +339,7 @@ def evaluate(run=None, model=None, images=None, dataset=None, prompts=None, lora
     scorers = {name: load_scorer(path, device)
                for name, path in (("clip", clip), ("reward", reward), ("judge", judge)) if path}
     if run and (Path(run) / "pipeline" / "model_index.json").exists() and not is_from_scratch(run):
+        dataset = dataset or dataset_of(run)
         run, model, nfe = None, Path(run) / "pipeline", nfe or 1
     if run:
         if prompts or lora:
