@@ -183,18 +183,26 @@ def run_row(method, arm, seed, iterations, out, num):
     return row
 
 
+def run_python(words, log, **options):
+    """`python WORDS` with its output added to the log -> the exit code, and its last line, bars aside."""
+    with writing(log):
+        log.parent.mkdir(exist_ok=True)
+        file = open(log, "a")
+    start = file.tell()  # behind what an earlier call wrote
+    with file:
+        code = subprocess.run([sys.executable, *words], stdout=file, stderr=file, **options).returncode
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    return code, next((line for line in reversed(lines) if line.strip() and "%|" not in line), "")
+
+
 def train(method, flags, run, log):
     """Runs the method's script, which writes to the log; if it fails, UserError has its last line."""
     script = Path(__file__).parent.parent / f"{'yoso' if method.startswith('yoso') else method}.py"
-    command = [sys.executable, script, *flags, "--out", run]
-    with writing(log):
-        file = open(log, "a")
-    with file:
-        code = subprocess.run(command, stdout=file, stderr=file).returncode
+    code, last = run_python([script, *flags, "--out", run], log)
     if code < 0:
         raise UserError(f"{log}: ended by signal {-code}")
     if code:
-        raise UserError(log.read_text(errors="replace").strip().split("\n")[-1])
+        raise UserError(last)
 
 
 def logs_of(run, pipeline):

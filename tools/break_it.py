@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
-from ablate import BUDGET, CLIP, JUDGE, LENGTH, REWARD
+from ablate import BUDGET, CLIP, JUDGE, LENGTH, REWARD, run_python
 from evaluate import FEWEST, asked_for, evaluate
 
 import yoso
@@ -152,17 +151,6 @@ def copy_code(code, method, arm):
         (code / "assets").symlink_to(ROOT.resolve() / "assets")
         script = code / f"{method}.py"
         script.write_text(changed(script.read_text(), arm))
-
-
-def run_python(words, log, **options):
-    """`python WORDS` with its output in the log; returns the exit code and the last line, bars aside."""
-    with writing(log):
-        log.parent.mkdir(exist_ok=True)
-        file = open(log, "w")
-    with file:
-        code = subprocess.run([sys.executable, *words], stdout=file, stderr=file, **options).returncode
-    lines = log.read_text(errors="replace").splitlines()
-    return code, next((line for line in reversed(lines) if line.strip() and "%|" not in line), "")
 
 
 def check(code, tests):
