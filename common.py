@@ -4,8 +4,8 @@ One convention everywhere: x_t = alpha_t x0 + sigma_t eps, alpha_t = sqrt(alphas
 sigma_t^2 = 1. x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients
 come as [B, 1, 1, 1].
 
-Sections: noise schedule, denoiser, sampling, half-UNet, EMA, distances, conditions, pretrained models, LoRA,
-scorers.
+Sections: noise schedule, denoiser, precision, sampling, half-UNet, EMA, distances, conditions, pretrained
+models, LoRA, scorers.
 """
 
 import copy
@@ -204,6 +204,23 @@ def one_step(student, z, cond):
     """f_theta(z, y), the one-step picture: z ~ N(0, I) [B, C, H, W] -> x0, at the last timestep, unguided."""
     t = torch.full((len(z),), len(student.schedule) - 1, device=z.device)
     return student.predict(z, t, "sample", cond)
+
+
+# Precision
+
+def hold_in_bf16(*networks):
+    """Rounds frozen networks to bf16, in which they run from here on, with or without autocast around them.
+
+    That halves their memory, and spares the rounding in each call. It is for networks that only judge: what
+    is trained, averaged or exported stays float32. Their outputs are bf16.
+    """
+    for network in networks:
+        network.to(torch.bfloat16)
+        autocast = torch.autocast(next(network.parameters()).device.type, torch.bfloat16)
+        for name in ("forward", "decode", "get_image_features", "get_text_features",
+                     "encode_image", "encode_text"):
+            if hasattr(network, name):
+                setattr(network, name, autocast(getattr(network, name)))
 
 
 # Sampling
@@ -644,9 +661,9 @@ class Codec:
         if self.vae is None or images.shape[1:] == self.shape:
             return images
         output = self.vae.encode(images)
-        if hasattr(output, "latents"):  # AutoencoderTiny
-            return output.latents * self.vae.config.scaling_factor
-        return output.latent_dist.mean * self.vae.config.scaling_factor
+        # AutoencoderTiny has no distribution.
+        mean = output.latents if hasattr(output, "latents") else output.latent_dist.mean
+        return mean.float() * self.vae.config.scaling_factor
 
     def decode(self, x0):
         """x0 -> pictures, with the gradient."""
@@ -671,11 +688,11 @@ class Codec:
                   "their ends are not read", file=sys.stderr)
 
 
-def load_decoder(path_or_id, codec):
+def load_decoder(path_or_id, codec, precision="fp32"):
     """x0 -> pictures by an AutoencoderTiny of the same latents, frozen and with the gradient.
 
     "tiny": the published one, taesdxl for SDXL, taesd for SD and PixArt-alpha; empty: the codec's own
-    decoder.
+    decoder. The former is held in the precision.
     """
     if not path_or_id or codec.vae is None:
         return codec.decode
@@ -685,12 +702,14 @@ def load_decoder(path_or_id, codec):
         tiny = diffusers.AutoencoderTiny.from_pretrained(path_or_id)
         check_weights("the decoder", tiny)
         tiny.to(codec.device).eval().requires_grad_(False)
+        if precision == "bf16":
+            hold_in_bf16(tiny)
         with torch.no_grad():  # other latents fail here, not after the warm-ups
             tiny.decode(torch.zeros(1, *codec.shape, device=codec.device))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"--decoder {path_or_id}: cannot be loaded ({one_line(error)}); give a local "
                         "directory of an AutoencoderTiny, or an empty one for the model's own decoder")
-    return lambda x0: tiny.decode(x0).sample
+    return lambda x0: tiny.decode(x0).sample.float()
 
 
 # LoRA
@@ -719,8 +738,10 @@ def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
     for layer in net.lora_layers:
         layer._disable_adapters = True
     # peft's own switches also switch requires_grad, and a gradient is then lost without a word: requires_grad
-    # is set here once, for all adapters.
+    # is set here once, for all adapters. On a network that is held in bf16, peft has rounded them too.
     for key, parameter in net.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.float()
         parameter.requires_grad_("lora_" in key)
     return Weights((key, p) for key, p in net.named_parameters() if "lora_" in key and f".{name}." in key)
 
@@ -857,16 +878,17 @@ class Scorer:
         return (self.images(pictures) * texts).sum(-1)
 
 
-def load_scorer(name, device="cpu"):
+def load_scorer(name, device="cpu", precision="fp32"):
     """The Scorer, frozen, of "clip", "pickscore", "hps" (HPS v2.1), or a CLIPModel with its processor.
 
-    The latter is given by directory or hub id. Raises UserError if the model cannot be loaded.
+    The latter is given by directory or hub id. Its network is held in the precision, "fp32" or "bf16". Raises
+    UserError if the model cannot be loaded.
     """
     try:
         if name == "hps":
-            scorer = _open_clip_scorer(device)
+            scorer = _open_clip_scorer(device, precision=precision)
         else:
-            scorer = _transformers_scorer(*SCORERS.get(name, (name, name)), device)
+            scorer = _transformers_scorer(*SCORERS.get(name, (name, name)), device, precision)
         with torch.no_grad():  # sizes that do not fit fail here, not after the warm-ups
             scorer(torch.zeros(1, 3, scorer.size, scorer.size, device=device), scorer.texts([""]))
         return scorer
@@ -875,9 +897,11 @@ def load_scorer(name, device="cpu"):
                         "a local directory works without a network")
 
 
-def _transformers_scorer(model_id, processor_id, device):
+def _transformers_scorer(model_id, processor_id, device, precision):
     model = complete(CLIPModel, model_id)
     model.to(device).eval().requires_grad_(False)
+    if precision == "bf16":
+        hold_in_bf16(model)
     tokenizer = AutoTokenizer.from_pretrained(processor_id)
     processor = AutoImageProcessor.from_pretrained(processor_id)
 
@@ -890,7 +914,7 @@ def _transformers_scorer(model_id, processor_id, device):
                   model.config.vision_config.image_size, processor.image_mean, processor.image_std, device)
 
 
-def _open_clip_scorer(device, architecture="ViT-H-14"):
+def _open_clip_scorer(device, architecture="ViT-H-14", precision="fp32"):
     try:
         import open_clip
     except ImportError:
@@ -899,6 +923,8 @@ def _open_clip_scorer(device, architecture="ViT-H-14"):
     weights = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     model = open_clip.create_model(architecture, weights, device=device)
     model.eval().requires_grad_(False)
+    if precision == "bf16":
+        hold_in_bf16(model)
     tokenizer = open_clip.get_tokenizer(architecture)
     embed_texts = lambda prompts: model.encode_text(tokenizer(list(prompts)).to(device))
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD

@@ -46,7 +46,8 @@ from pathlib import Path
 import torch
 
 from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, check_targets, chunks_of, draw_many_steps,
-                    draw_samples, enable_checkpointing, frozen, load, load_decoder, load_scorer, one_step)
+                    draw_samples, enable_checkpointing, frozen, hold_in_bf16, load, load_decoder,
+                    load_scorer, one_step)
 from plumbing.cache import cache_conditions
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
@@ -138,7 +139,8 @@ class Config(RunFlags):
 
 
 PRESETS = {
-    "sdxl": dict(),
+    # What lets GPUs of 80 GB train the published model; docs/scaling.md has the memory.
+    "sdxl": dict(precision="bf16", gradient_checkpointing=True, micro_batch=4, shard=True),
     "shapes": dict(
         iterations=200, batch_size=32, lr=1e-4, lr_assistant=5e-4, ema=0.98, save_every=100, sample_every=100,
         alpha_rew=10.0, assistant_warmup=50, warmup=300, prediction="v_prediction", convert_lr=5e-4,
@@ -258,8 +260,8 @@ def load_networks(config, device):
     if config.assistant == "lora":
         check_targets(reference.net, config.lora_targets)
     named = dict(reward=config.reward, probe=config.probe)
-    scorers = {name: load_scorer(model, device) for name, model in named.items() if model}
-    decode = load_decoder(config.decoder, codec) if scorers else codec.decode
+    scorers = {name: load_scorer(model, device, config.precision) for name, model in named.items() if model}
+    decode = load_decoder(config.decoder, codec, config.precision) if scorers else codec.decode
     start = starting_student(config.student, config.lora, config.model, reference, codec)
     if config.student_timestep >= len(start.schedule):
         raise UserError(f"--student-timestep {config.student_timestep}: the student's schedule ends at "
@@ -282,9 +284,11 @@ def build(config, run, loaded=None):
     shard(config, net)
     if config.assistant == "full":
         assistant = Denoiser(bare(), reference.schedule, reference.prediction_type)
-        shard(config, assistant.net, reference.net)
-    else:
-        shard(config, reference.net)
+        shard(config, assistant.net)
+    if config.precision == "bf16":  # after the copies, which start from all of its digits
+        hold_in_bf16(reference.net)
+    shard(config, reference.net)
+    if config.assistant == "lora":
         assistant = reference.with_lora("assistant", config.rank, config.alpha, config.lora_targets)
     for network in {student.net, reference.net, assistant.net}:
         if config.gradient_checkpointing:
@@ -352,7 +356,9 @@ def train_step(iteration, prompts, config, run, models):
     Returns the scalars to log.
     """
     student, assistant, codec, K = models.student, models.assistant, models.codec, config.assistant_steps
-    schedule, cond = models.reference.schedule, codec.cond(prompts)
+    schedule = models.reference.schedule
+    with run.autocast():
+        cond = codec.cond(prompts)
     alpha_rew = config.alpha_rew if iteration >= config.assistant_warmup + config.warmup else 0.0
 
     def loss_assistant(p):  # 1. On pictures of the current student, without a gradient to it.

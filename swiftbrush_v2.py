@@ -45,8 +45,8 @@ import torch.nn.functional as F
 
 from common import (EMA, LOAD_ERRORS, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError,
                     check_targets, check_weights, chunk_for, ddim_sample, draw_many_steps, draw_samples,
-                    enable_checkpointing, load, load_decoder, load_distance, load_scorer, map_cond, one_line,
-                    one_step, remove_lora)
+                    enable_checkpointing, hold_in_bf16, load, load_decoder, load_distance, load_scorer,
+                    map_cond, one_line, one_step, remove_lora)
 from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
@@ -142,7 +142,8 @@ class Config(RunFlags):
 
 
 PRESETS = {
-    "sd21": dict(),
+    # What lets a GPU of 80 GB train the published models; docs/scaling.md has the memory.
+    "sd21": dict(precision="bf16", gradient_checkpointing=True, micro_batch=8),
     "shapes": dict(
         iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.99,
         save_every=100, sample_every=200, guidance=(2.0,), prediction="v_prediction", convert_lr=5e-4,
@@ -262,13 +263,16 @@ def load_networks(config, device):
                         "use --guidance 1 --teacher-guidance 1")
     check_targets(teacher.net, config.lora_targets)
     of_b = dict(clip=(config.clip, config.clip_weight), reward=(config.reward, config.reward_weight))
-    scorers = {name: load_scorer(model, device) for name, (model, weight) in of_b.items()
+    scorers = {name: load_scorer(model, device, config.precision) for name, (model, weight) in of_b.items()
                if model and weight and config.stage != "a"}
     start, decode, distance = teacher, codec.decode, None
     if config.stage != "merge":
         start = starting_student(config.student, config.lora, config.model, teacher, codec)
-        decode = load_decoder(config.decoder, codec) if scorers or config.regularise else codec.decode
+        if scorers or config.regularise:
+            decode = load_decoder(config.decoder, codec, config.precision)
         distance = load_distance(config.distance, device) if config.regularise else None
+    if config.precision == "bf16" and start is not teacher:  # else student A starts from its weights
+        hold_in_bf16(teacher.net)
     return Loaded(teacher, start, codec, decode, scorers, distance, None)
 
 
@@ -358,7 +362,8 @@ def train_step(iteration, prompts, config, run, models):
     """One iteration of a student and its LoRA teacher on this rank's prompts [B]; returns scalars to log."""
     teacher, lora_teacher, student = models.teacher, models.lora_teacher, models.student
     schedule, codec, null = teacher.schedule, models.loaded.codec, models.null
-    cond = codec.cond(prompts)
+    with run.autocast():
+        cond = codec.cond(prompts)
     draw, fresh = run.draws(3 * iteration), run.draws(3 * iteration + 1)
     pairs = pairs_of(iteration, config, run, models.loaded)
     parts = run.split(

@@ -70,8 +70,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError,
-                    chunk_for, draw_many_steps, enable_checkpointing, frozen, load, load_distance, map_cond,
-                    squared_distance)
+                    chunk_for, draw_many_steps, enable_checkpointing, frozen, hold_in_bf16, load,
+                    load_distance, map_cond, squared_distance)
 from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import (Parser, RunFlags, bound_flags, check_flags, check_sample_flags, check_writable,
@@ -176,7 +176,7 @@ SMALL = dict(
     batch_size=32, lr_decay=0.5, rec_distance="l2", con_distance="l2", lambda_rec=20.0, lambda_con=20.0,
     channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0)
 SCRATCH = {
-    "cifar10": dict(dataset="cifar10"),
+    "cifar10": dict(dataset="cifar10", precision="bf16", micro_batch=64),
     # Measured here on earlier sizes of the shapes, one seed each: lr_d 1e-3 diverged in four of four runs
     # within 1,700 iterations; the weights' factor 1 gave 11 % clean one-step pictures after 2,000 iterations
     # where 5 gave 39 %. The 20 was chosen by the pictures, not compared with 5 under equal conditions.
@@ -196,10 +196,12 @@ FULL = dict(
 MINI = FULL | dict(
     model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, save_every=250,
     adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
+# What lets a GPU of 80 GB train the published models; docs/scaling.md has the memory.
+LARGE = FULL | dict(precision="bf16", gradient_checkpointing=True, micro_batch=32)
 FINE_TUNE = {
-    "full": FULL,
-    "lora": FULL | dict(rank=64, ema=0.999, iterations=5000),
-    "pixart": FULL | dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
+    "full": LARGE,
+    "lora": LARGE | dict(rank=64, ema=0.999, iterations=5000),
+    "pixart": LARGE | dict(discriminator="stable-diffusion-v1-5/stable-diffusion-v1-5", adapt=True),
     # For assets/mini-sd; measured here, see docs/yoso.md.
     "mini": MINI | dict(lr=2e-4, lr_d=2e-4, lambda_con=0.5),
     "mini-epsilon": MINI | dict(lr=5e-5, lr_d=5e-5),
@@ -528,6 +530,8 @@ def ends_in_noise(denoiser):
 def build(config, run, networks=None):
     """The cast of a run; networks: those of load_networks, start perhaps adapted; None: loads them here."""
     start, codec, discriminator, half, codec_d = networks or load_networks(config, run)
+    if config.precision == "bf16" and half and next(half.parameters()) is not next(start.net.parameters()):
+        hold_in_bf16(half)  # where it does not share the weights below G's LoRA, which are exported
     if config.rank:
         generator = start.with_lora("student", config.rank, config.alpha)  # freezes all but the LoRA
     else:
@@ -595,9 +599,10 @@ def train_step(iteration, pictures, captions, config, run, models):
     t, eps, noise = draw.randint(1, T + 1), draw.randn(*codec.shape), draw.randn(*codec.shape)
     if config.flip:
         pictures = torch.where(draw.randint(0, 2).bool().view(-1, 1, 1, 1), pictures.flip(3), pictures)
-    cond = condition(codec, captions, draw, config.latent_z)
-    cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)  # from scratch D reads none
-    with torch.no_grad():  # the VAE's mean: D would take its noise for a mark of the data
+    with run.autocast(), torch.no_grad():
+        cond = condition(codec, captions, draw, config.latent_z)
+        cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)  # from scratch: none
+        # The mean of the VAE's posterior: D would take its noise for a mark of the data.
         x0 = torch.cat([codec.encode(pictures[rows]) for rows in run.micro_batches])
     parts = run.split(x0=x0, t=t, t_real=(t - k).clamp(min=0), t_con=(t - m).clamp(min=0), eps=eps,
                       noise=noise, cond=cond, cond_d=cond_d)

@@ -20,6 +20,7 @@ from plumbing.data import check_text
 from plumbing.files import silent_ranks, want_of_a_process
 
 SEED = dict(least=0, below=2**63)
+parsed = []  # the configurations of this process's command lines, for the advice of less_memory
 
 
 def flag(default, help, group="method", choices=None, above=None, least=None, below=None, most=None,
@@ -43,14 +44,15 @@ class RunFlags:
                        "checkpoints", "run")
     seed: int = flag(0, "of weights, order of the data, and noise", "run", **SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps", "run")
-    precision: str = flag("fp32", "of the networks; weights and losses stay fp32", "run",
-                          choices=("fp32", "bf16"))
+    precision: str = flag("fp32", "of the networks: fp32 throughout; tf32, products of rounded factors on "
+                          "GPUs; bf16, by autocast; weights and losses stay fp32", "run",
+                          choices=("fp32", "tf32", "bf16"))
     compile: bool = flag(False, "torch.compile the networks, where no adapter is switched and no R1 "
                          "differentiates twice", "run")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, "
                                         "more time", "run")
-    micro_batch: int = flag(0, "samples a process handles at once, 0: all; changes memory, not the result",
-                            "run", least=0)
+    micro_batch: int = flag(0, "samples a process handles at once, at most, 0: all; changes memory, not the "
+                            "result", "run", least=0)
     shard: bool = flag(False, "FSDP2: every process keeps its part of weights, gradients, moments and "
                        "averages", "run")
     cache_latents: bool = flag(False, "encode pictures and captions once, float16, to OUT/cache; the text "
@@ -192,6 +194,7 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
     config = config_class(**{**defaults, **given})
     for field in fields:
         check_flag(field.name, getattr(config, field.name), field.metadata)
+    parsed.append(config)
     return config
 
 
@@ -249,8 +252,7 @@ def run_command(main):
         # torch has a class of its own for the memory of accelerators alone.
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
-        tell(f"out of memory ({one_line(error) or 'of this machine'}); lower --batch-size or --micro-batch, "
-             "or what else is large")
+        tell(f"out of memory ({one_line(error) or 'of this machine'}); {less_memory(sys.argv)}")
         sys.exit(2)
     except KeyboardInterrupt:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -259,6 +261,24 @@ def run_command(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def less_memory(argv):
+    """What to do about a command line that ran out of memory, in the order in which it costs least."""
+    if not parsed or not hasattr(parsed[-1], "batch_size"):
+        return "lower --num or --batch-size, or what else is large"
+    config, world = parsed[-1], int(os.environ.get("WORLD_SIZE", 1))
+    local = config.batch_size // world
+    at_once = min(config.micro_batch or local, local)
+    fewer = next((n for n in range(at_once // 2, 0, -1) if local % n == 0), 0)
+    remedies = [f"give --micro-batch {fewer}, {at_once} samples are handled at once now"] * (fewer > 0)
+    remedies += ["--gradient-checkpointing"] * (not config.gradient_checkpointing)
+    remedies += ["--cache-latents"] * (not config.cache_latents and bool(getattr(config, "model", "")))
+    remedies += ["--shard"] * (world > 1 and not config.shard)
+    remedies += ["with another --out, --precision bf16"] * (config.precision != "bf16")
+    processes = f"--processes {world} " * (world > 1)
+    return (f"{'; or '.join(remedies) or 'it takes a GPU with more memory'}; what is saved is kept, and what "
+            f"a run takes is told by python tools/forecast.py {processes}{Path(argv[0]).name} with its flags")
 
 
 def tell(text):

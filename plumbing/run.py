@@ -52,11 +52,15 @@ from plumbing.shard import part_here, whole
 EXCHANGED_AT_ONCE = 2**26  # gradients in one exchange, roughly; 256 MB in float32
 
 
-def choose_device(name):
+def choose_device(name, precision="fp32"):
     """"auto" (the accelerator if there is one), or a torch device name -> the device.
 
-    Under torchrun, "cuda" is this process's own GPU. Raises UserError if the device cannot be used.
+    Under torchrun, "cuda" is this process's own GPU. Factors of float32 products are rounded to TF32, by
+    convolutions and by all others, if the precision is "tf32"; torch's defaults do so in convolutions alone.
+    Raises UserError if the device cannot be used.
     """
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        backend.allow_tf32 = precision == "tf32"
     try:
         if name == "auto":
             name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -124,7 +128,7 @@ class Run:
             raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by "
                             f"{self.world} processes")
         local = config.batch_size // self.world
-        micro = config.micro_batch or local
+        micro = min(config.micro_batch or local, local)
         if local % micro:
             raise UserError(f"--micro-batch {micro}: does not divide the {local} samples of each process")
         if micro % micro_multiple:
@@ -135,7 +139,7 @@ class Run:
         self.shows = self.rank == 0 or config.shard
         self.rows = slice(self.rank * local, (self.rank + 1) * local)
         self.micro_batches = [slice(i, i + micro) for i in range(0, local, micro)]  # of this rank's rows
-        self.device = choose_device(config.device)
+        self.device = choose_device(config.device, config.precision)
         start_processes(self.device)
         self.source, self.data_before = self._find_checkpoint()
         self.start = int(self.source.name) if self.source else 0
@@ -320,7 +324,11 @@ class Run:
                 for rows in self.micro_batches]
 
     def autocast(self):
-        """bf16 for the networks under --precision bf16; weights and losses stay float32."""
+        """bf16 for the networks under --precision bf16, the VAE and the text encoders too.
+
+        float32 stay: weights, gradients, moments and averages; the conversion of a prediction, for
+        sigma_T / alpha_T magnifies its rounding in x0; losses; and the adaptation's teacher.
+        """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def descend(self, optimizer, batches, loss_of, clip_norm=math.inf):

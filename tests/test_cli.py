@@ -274,8 +274,29 @@ def told(monkeypatch, capsys, error):
     return stopped.value.code, capsys.readouterr().err
 
 
+def test_out_of_memory_says_what_to_lower(monkeypatch, capsys):
+    """Those that cost least come first; a run that has given them all is told so. One line, exit code 2."""
+    error, least = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), [
+        "--micro-batch", "1", "--gradient-checkpointing", "--shard", "--cache-latents", "--precision", "bf16"]
+    lines = []
+    for world, flags in ((1, []), (2, ["--micro-batch", "4", "--precision", "tf32"]), (2, least)):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        flags = ["--model", "x", "--dataset", "y", "--batch-size", "24", "--preset", "mini-epsilon", *flags]
+        parse_config(yoso.Config, yoso.PRESETS, flags, "")
+        code, text = told(monkeypatch, capsys, error)
+        assert code == 2 and text.count("\n") == 1 and "2.00 GiB" in text and "what is saved is kept" in text
+        lines.append(text.split("); ")[1])
+    one, two, all_given = lines
+    assert one.startswith("give --micro-batch 12, 24 samples are handled at once now; or --gradient-checkpo"
+                          "inting; or --cache-latents; or with another --out, --precision bf16; ")
+    assert two.startswith("give --micro-batch 2, 4 samples") and "; or --shard; or with another --out" in two
+    assert "forecast.py --processes 2 script.py with its flags" in two
+    assert all_given.startswith("it takes a GPU with more memory; ")
+
+
 def test_an_error_is_one_line(monkeypatch, capsys):
     """Of an error in a process that reads pictures, which comes with its traceback, the message."""
+    monkeypatch.setattr(plumbing.cli, "parsed", [])
     plain = UserError("--lr 0: must be above 0")
     loader = DataLoader(Unreadable(), num_workers=1)
     with pytest.raises(UserError) as read:
@@ -289,7 +310,7 @@ def test_an_error_is_one_line(monkeypatch, capsys):
     for error in (large.value, MemoryError()):
         code, text = told(monkeypatch, capsys, error)
         assert code == 2 and text.startswith("script.py: out of memory (") and text.count("\n") == 1
-        assert "lower --batch-size" in text
+        assert "lower --num or --batch-size" in text
     for error, line in ((OSError("no model"), "no model"), (OSError(28, "no room"), "the output: no room"),
                         (OSError(28, "no room", "x.png"), "x.png: no room")):
         assert told(monkeypatch, capsys, error) == (2, f"script.py: {line}\n")
@@ -360,7 +381,7 @@ def test_the_file_is_the_command(script, monkeypatch, capsys):
     (["--preset", "huge"], "--preset huge: unknown"),
     (["--adversary", "none"], "--adversary none: must be one of self, data, ufogen"),
     (["--rec-distance", "l1"], "--rec-distance l1: must be one of lpips, l2, latent"),
-    (["--precision", "fp16"], "--precision fp16: must be one of fp32, bf16"),
+    (["--precision", "fp16"], "--precision fp16: must be one of fp32, tf32, bf16"),
     (["--device", "quantum"], "--device quantum: cannot be used"),
     (["--batch-size", "8", "--micro-batch", "3"], "--micro-batch 3: does not divide"),
     (["--batch-size", "6"], "must be a multiple of 4"),

@@ -22,7 +22,7 @@ def cast(folder, *more, rows=slice(0, 4)):
     argv = ["--preset", "shapes", "--model", folder / "sd", "--reward", folder / "clip",
             "--probe", folder / "judge", "--decoder", folder / "tae", "--prediction", "epsilon",
             "--batch-size", 4, "--rank", 4, "--alpha", 8, "--clip-norm", "inf", "--warmup", 0,
-            "--assistant-warmup", 0, "--lr-assistant", 1e-30, "--device", "cpu", *more]
+            "--assistant-warmup", 0, "--lr-assistant", 1e-30, "--device", "cpu", "--out", "unused", *more]
     config = parse_config(di.Config, di.PRESETS, [str(a) for a in argv], "")
     run = Run(config)
     if rows != run.rows:  # those of one process among several

@@ -122,6 +122,20 @@ def test_two_optimisers_do_not_mix(tmp_path):
         torch.testing.assert_close(p.grad, q)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_float32_is_rounded_to_tf32_only_where_it_is_asked_for(precision, tmp_path):
+    """By convolutions, which torch rounds by default, and by all other products."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "tf32"
+    run_of(tmp_path, precision=precision)
+    rounded = precision == "tf32"
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (rounded, rounded)
+
+
+def test_a_micro_batch_is_at_most_the_samples_of_a_process(tmp_path):
+    run = run_of(tmp_path, micro_batch=4096)
+    assert run.micro_batches == [slice(0, 8)]
+
+
 def test_networks_run_in_bf16_and_weights_stay_float32(tmp_path):
     run, net, seen = run_of(tmp_path, precision="bf16", micro_batch=4), torch.nn.Linear(5, 1), []
 

@@ -23,7 +23,7 @@ def cast(folder, stage, *more, rows=slice(0, 4), fresh=False):
     argv = ["--preset", "shapes", "--model", folder / "sd", "--clip", folder / "clip", "--tau", 1,
             "--decoder", folder / "tae", "--regularise", "pairs", "--prediction", "epsilon", "--stage", stage,
             "--batch-size", 4, "--rank", 4, "--alpha", 8, "--rank-b", 4, "--alpha-b", 8, "--clip-norm", "inf",
-            "--device", "cpu", *more]
+            "--device", "cpu", "--out", "unused", *more]
     config = parse_config(sb.Config, sb.PRESETS, [str(a) for a in argv], "")
     run = Run(config)
     if rows != run.rows:  # those of one process among several
