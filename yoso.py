@@ -518,7 +518,9 @@ def load_networks(config, run):
     discriminator = LatentDiscriminator(other.net, codec.shape[-1]).to(run.device)
     if other is not start:  # `other` is not called again
         (other.net if config.shard else other.net.up_blocks).to("meta")
-    shard(config, start.net, half, discriminator)
+    # The adaptation's teacher stays in float32.
+    shard(replace(config, precision="fp32") if config.adapt else config, start.net)
+    shard(config, half, discriminator)
     return start, codec, discriminator, half, codec_d
 
 
