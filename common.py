@@ -721,7 +721,10 @@ class MergingLora:
             return super().forward(x)
         (rank, n_in), n_out, places = A.shape, len(B), x.numel() // self.in_features
         unmerged, merged = places * rank * (n_in + n_out), rank * n_in * n_out
-        if unmerged <= merged or torch.is_grad_enabled():
+        if torch.is_grad_enabled() and A.requires_grad:
+            # Backward, either does its products twice more; A's and B's gradients come from that of the sum.
+            unmerged, merged = 3 * unmerged, 3 * merged + places * n_in * n_out
+        if unmerged <= merged:
             return super().forward(x)
         weight = torch.addmm(base.weight.flatten(1), B, A, alpha=self.scaling[names[0]]).view_as(base.weight)
         layer = F.linear if isinstance(base, torch.nn.Linear) else base._conv_forward

@@ -433,6 +433,25 @@ def test_a_merged_lora_is_pefts(name):
             torch.testing.assert_close(layer(x), peft.forward(layer, x), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_gradients_of_a_merged_lora_are_pefts(name, trained):
+    """Those of the adapter, if it is trained, and of the input; the bare weights and the other get none."""
+    peft, net, layer, x, calls = lora_layer(name)
+    A, B = layer.lora_A["student"].weight, layer.lora_B["student"].weight
+    for p in (A, B):
+        p.requires_grad_(trained)
+    gradients = []
+    with use_lora(net, "student"):
+        for forward in (layer, lambda x: peft.forward(layer, x)):
+            assert not calls
+            net.zero_grad()
+            forward(leaf := x.clone().requires_grad_()).square().sum().backward()
+            gradients.append([p.grad for p in ((leaf, A, B) if trained else (leaf,))])
+            assert all(p.grad is None for p in net.parameters() if p is not A and p is not B)
+    torch.testing.assert_close(*gradients, atol=1e-11, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_lora_is_not_merged_at_few_places_nor_in_bf16(name):
     """Then it is peft's own, bit for bit."""
