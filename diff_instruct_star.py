@@ -91,6 +91,8 @@ class Config(RunFlags):
     clip_norm: float = flag(10.0, "gradient norm of student and assistant; DMD2 for SDXL: 10",
                             above=0, infinite=True)
     ema: float = flag(0.999, "decay of the student's average, which draws the samples", least=0, below=1)
+    ema_ramp: bool = flag(True, "let that decay rise, (1 + n) / (10 + n) at update n up to its value; "
+                          "on in diffusers' EMAModel")
 
     divergence: str = flag("score", "score (Diff-Instruct*; with reward 0: SIM) or kl (Diff-Instruct++; "
                            "with reward 0: Diff-Instruct)", choices=("score", "kl"))
@@ -140,10 +142,10 @@ class Config(RunFlags):
 PRESETS = {
     "sdxl": dict(),
     "shapes": dict(
-        iterations=200, batch_size=32, lr=1e-4, lr_assistant=5e-4, ema=0.98, save_every=100, sample_every=100,
-        alpha_rew=10.0, assistant_warmup=50, warmup=300, prediction="v_prediction", convert_lr=5e-4,
-        convert_clamp=3.0, decoder="assets/mini-taesd", reward="assets/mini-pickscore",
-        probe="assets/mini-judge", teacher_guidance=2.0),
+        iterations=200, batch_size=32, lr=1e-4, lr_assistant=5e-4, ema=0.98, ema_ramp=False,
+        save_every=100, sample_every=100, alpha_rew=10.0, assistant_warmup=50, warmup=300,
+        prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, decoder="assets/mini-taesd",
+        reward="assets/mini-pickscore", probe="assets/mini-judge", teacher_guidance=2.0),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", iterations=20_000, batch_size=128, lr=1e-5, lr_assistant=1e-5,
         alpha_rew=0.0, alpha_cfg=0.0, reward="", probe="", decoder="", warmup=0, prediction="v_prediction",
@@ -296,8 +298,8 @@ def build(config, run, loaded=None):
         torch.optim.AdamW(denoiser.trainable().values(), lr, betas, weight_decay=0.0, fused=True)
         for denoiser, lr in ((student, config.lr), (assistant, config.lr_assistant)))
     null = codec.null(run.rows.stop - run.rows.start)
-    return Models(reference, assistant, student, codec, loaded.decode, loaded.scorers, null,
-                  optimizer, optimizer_assistant, EMA(student.trainable().items(), config.ema))
+    return Models(reference, assistant, student, codec, loaded.decode, loaded.scorers, null, optimizer,
+                  optimizer_assistant, EMA(student.trainable().items(), config.ema, config.ema_ramp))
 
 
 # Updates
@@ -390,7 +392,7 @@ def train_step(iteration, prompts, config, run, models):
                       eps=draw.randn(*codec.shape), cond=cond, null=models.null, y=prompts)
     with frozen(assistant.net):  # the gradient goes through assistant and reference to x_t, to no weight
         scalars |= run.descend(models.optimizer, parts, loss_student, config.clip_norm)
-    models.ema.update()
+    models.ema.update(iteration - config.assistant_warmup)
     return scalars
 
 

@@ -92,6 +92,8 @@ class Config(RunFlags):
                             above=0, infinite=True)
     ema: float = flag(0.9999, "decay of the student's average, which draws the samples; on in SwiftBrush v1",
                       least=0, below=1)
+    ema_ramp: bool = flag(True, "let that decay rise, (1 + n) / (10 + n) at update n up to its value; "
+                          "diffusers' EMAModel, of SwiftBrush v1")
 
     guidance: tuple = flag((4.5,), "of both teachers; two values: drawn uniformly for each sample "
                            "(SNOOPI: 0.5 4); paper: 4.5", least=0)
@@ -145,10 +147,10 @@ PRESETS = {
     "sd21": dict(),
     "shapes": dict(
         iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.99,
-        save_every=100, sample_every=200, guidance=(2.0,), prediction="v_prediction", convert_lr=5e-4,
-        convert_clamp=3.0, rank_b=64, alpha_b=128, clip="assets/mini-clip", decoder="assets/mini-taesd",
-        tau=0.98, clip_weight=1.0, distance="l2", regularise_num=2000, teacher_guidance=2.0,
-        lora_targets=LORA_TARGETS),
+        ema_ramp=False, save_every=100, sample_every=200, guidance=(2.0,), prediction="v_prediction",
+        convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128, clip="assets/mini-clip",
+        decoder="assets/mini-taesd", tau=0.98, clip_weight=1.0, distance="l2", regularise_num=2000,
+        teacher_guidance=2.0, lora_targets=LORA_TARGETS),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128,
         lr=1e-5, clip_weight=0.0, decoder="", distance="l2", teacher_guidance=1.0, prediction="v_prediction",
@@ -297,7 +299,7 @@ def build(config, run, stage, loaded=None):
                                       (lora_teacher, config.lr_lora_teacher, 0.0)))
     return Models(loaded, teacher, lora_teacher, student, loaded.scorers if stage == "b" else {},
                   loaded.codec.null(run.rows.stop - run.rows.start), optimizer, optimizer_lora,
-                  EMA(student.trainable().items(), config.ema))
+                  EMA(student.trainable().items(), config.ema, config.ema_ramp))
 
 
 # Updates
@@ -390,7 +392,7 @@ def train_step(iteration, prompts, config, run, models):
 
     scalars = run.descend(models.optimizer, parts, loss_student, config.clip_norm)
     scalars |= run.descend(models.optimizer_lora, parts, loss_lora_teacher, config.clip_norm)
-    models.ema.update()  # 5.
+    models.ema.update(iteration)  # 5.
     return scalars
 
 

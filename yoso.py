@@ -124,6 +124,8 @@ class Config(RunFlags):
                             "D is not clipped; the authors' fine-tuning script: 1", above=0, infinite=True)
     ema: float = flag(0.9999, "decay of the generator's average, which draws the samples; "
                       "paper: 0.9999, LoRA 0.999", least=0, below=1)
+    ema_ramp: bool = flag(True, "let that decay rise, (1 + n) / (10 + n) at update n up to its value; "
+                          "on in diffusers' EMAModel")
     rank: int = flag(0, "fine-tune a LoRA of this rank instead of all weights; paper: 64", least=0,
                      most=10_000)
     alpha: int = flag(8, "of the LoRA; the authors' script: 8, peft's default", least=1)
@@ -173,8 +175,8 @@ class Config(RunFlags):
 
 
 SMALL = dict(
-    batch_size=32, lr_decay=0.5, rec_distance="l2", con_distance="l2", lambda_rec=20.0, lambda_con=20.0,
-    channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0)
+    batch_size=32, ema_ramp=False, lr_decay=0.5, rec_distance="l2", con_distance="l2", lambda_rec=20.0,
+    lambda_con=20.0, channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0)
 SCRATCH = {
     "cifar10": dict(dataset="cifar10"),
     # Measured here on earlier sizes of the shapes, one seed each: lr_d 1e-3 diverged in four of four runs
@@ -194,8 +196,8 @@ FULL = dict(
     clip_norm=1.0, real_offset=250, con_offset=25, latent_z=0, rec_distance="l2", con_distance="latent",
     lambda_rec=0.5, lambda_con=2.0, con_weight="sqrt", weight_limit=5.0)
 MINI = FULL | dict(
-    model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, save_every=250,
-    adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
+    model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, ema_ramp=False,
+    save_every=250, adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
 FINE_TUNE = {
     "full": FULL,
     "lora": FULL | dict(rank=64, ema=0.999, iterations=5000),
@@ -553,7 +555,7 @@ def build(config, run, networks=None):
         for parameters, lr, betas in ((generator.trainable().values(), config.lr, (0.9, 0.999)),
                                       (discriminator.parameters(), config.lr_d, (0.0, 0.999))))
     return Models(generator, discriminator, codec, codec_d, half, distances, optimizer_g, optimizer_d,
-                  EMA(generator.trainable().items(), config.ema))
+                  EMA(generator.trainable().items(), config.ema, config.ema_ramp))
 
 
 # Updates
@@ -634,7 +636,7 @@ def train_step(iteration, pictures, captions, config, run, models):
         scalars = run.descend(models.optimizer_d, parts, loss_D)
     with frozen(D):  # D is updated; its weights get no gradient now, its input does and hands it to `fake`
         scalars |= run.descend(models.optimizer_g, parts, loss_G, config.clip_norm)
-    models.ema.update()  # 6.
+    models.ema.update(iteration)  # 6.
     return scalars
 
 

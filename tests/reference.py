@@ -90,8 +90,11 @@ def descend(loss, parameters, optimizer, clip_norm=float("inf")):
     return norm
 
 
-def update_average(m, student, decay):
-    """average = decay average + (1 - decay) p, after the student's step."""
+def update_average(m, student, config, n):
+    """average = decay average + (1 - decay) p, after the student's step n, from 0."""
+    decay = config.ema
+    if config.ema_ramp:
+        decay = min(decay, (1 + n) / (10 + n)) if n > 0 else 0
     for name, p in zip(m.average, student, strict=True):
         m.average[name] = decay * m.average[name] + (1 - decay) * p.detach()
 
@@ -206,7 +209,7 @@ def yoso(iteration, pictures, captions, config, draws, m):
     L_con = config.lambda_con * (lambda_con * d[config.con_distance](fake, target)).mean()
     L_adv = softplus(-D(seen_by_D(fake), level, cond_d)).mean()
     grad_G = descend(L_rec + L_con + L_adv, G.parameters, m.optimizer_g, config.clip_norm)
-    update_average(m, G.parameters, config.ema)
+    update_average(m, G.parameters, config, iteration)
     return dict(L_D=L_D, D_real=D_real.mean(), D_fake=D_fake.mean(), L_rec=L_rec, L_con=L_con, L_adv=L_adv,
                 grad_D=grad_D, grad_G=grad_G)
 
@@ -284,7 +287,7 @@ def swiftbrush(iteration, prompts, config, draws, m):
     x_t = (col(alpha[t]) * f + col(sigma[t]) * eps).detach()
     L_lora_teacher = ((m.lora_teacher.eps(x_t, t, dict(encoder_hidden_states=texts)) - eps)**2).mean()
     norm_lora = descend(L_lora_teacher, m.lora_teacher.parameters, m.optimizer_lora, config.clip_norm)
-    update_average(m, m.student.parameters, config.ema)
+    update_average(m, m.student.parameters, config, iteration)
     return losses | dict(L_lora_teacher=L_lora_teacher, grad_student=norm, grad_lora_teacher=norm_lora)
 
 
@@ -340,7 +343,7 @@ def diff_instruct(iteration, prompts, config, draws, m):
             scalars[f"grad_{name}"] = slope.flatten(1).norm(dim=1).mean()
     L = sum(losses.values()) - alpha_rew * reward.mean()
     norm = descend(L, m.student.parameters, m.optimizer, config.clip_norm)
-    update_average(m, m.student.parameters, config.ema)
+    update_average(m, m.student.parameters, config, iteration - config.assistant_warmup)
     return scalars | of_assistant | dict(grad_student=norm)
 
 
