@@ -4,8 +4,8 @@ One convention everywhere: x_t = alpha_t x0 + sigma_t eps, alpha_t = sqrt(alphas
 sigma_t^2 = 1. x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients
 come as [B, 1, 1, 1].
 
-Sections: noise schedule, denoiser, sampling, half-UNet, EMA, distances, conditions, pretrained models, LoRA,
-scorers.
+Sections: noise schedule, denoiser, sampling, half-UNet, learning rates, EMA, distances, conditions,
+pretrained models, LoRA, scorers.
 """
 
 import copy
@@ -329,6 +329,20 @@ class HalfUNet(torch.nn.Module):
     def forward(self, x_t, t, cond):
         """x_t [B, C, H, W], t [B], cond -> features [B, C', H', W'] (SD 1.5 at 64 x 64: 1280 x 8 x 8)."""
         return self.unet(x_t, timestep=t, **cond).sample
+
+
+# Learning rates
+
+def warmup_share(iteration, lr_warmup):
+    """The share of its learning rate that an optimiser has: (iteration + 1) / lr_warmup, up to 1."""
+    return min(1.0, (iteration + 1) / lr_warmup) if lr_warmup else 1.0
+
+
+def set_rates(share, *optimizers):
+    """Gives every optimiser this share of the learning rate that it was made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * optimizer.defaults["lr"]
 
 
 # EMA

@@ -46,7 +46,8 @@ from pathlib import Path
 import torch
 
 from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, check_targets, chunks_of, draw_many_steps,
-                    draw_samples, enable_checkpointing, frozen, load, load_decoder, load_scorer, one_step)
+                    draw_samples, enable_checkpointing, frozen, load, load_decoder, load_scorer, one_step,
+                    set_rates, warmup_share)
 from plumbing.cache import cache_conditions
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
@@ -520,6 +521,7 @@ def train(config):
                 with models.ema.applied():
                     remember_before(run, before, models, prompts)
             run.wait()
+        set_rates(warmup_share(iteration, config.lr_warmup), models.optimizer, models.optimizer_assistant)
         losses = train_step(iteration, y, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from common import (EMA, LOAD_ERRORS, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError,
                     check_targets, check_weights, chunk_for, ddim_sample, draw_many_steps, draw_samples,
                     enable_checkpointing, load, load_decoder, load_distance, load_scorer, map_cond, one_line,
-                    one_step, remove_lora)
+                    one_step, remove_lora, set_rates, warmup_share)
 from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
@@ -512,6 +512,7 @@ def train_student(stage, config, loaded, prompts):
             return draw_samples(models.student, loaded.codec, shown, 0)
 
     for iteration, y in enumerate(run.prompts(prompts), run.start):
+        set_rates(warmup_share(iteration, config.lr_warmup), models.optimizer, models.optimizer_lora)
         losses = train_step(iteration, y, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break

@@ -71,7 +71,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError,
                     chunk_for, draw_many_steps, enable_checkpointing, frozen, load, load_distance, map_cond,
-                    squared_distance)
+                    set_rates, squared_distance, warmup_share)
 from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import (Parser, RunFlags, bound_flags, check_flags, check_sample_flags, check_writable,
@@ -937,8 +937,8 @@ def train(config):
 
     for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
         remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
-        for optimizer, lr in ((models.optimizer_g, config.lr), (models.optimizer_d, config.lr_d)):
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
+        share = min(1.0, remaining) * warmup_share(iteration, config.lr_warmup)
+        set_rates(share, models.optimizer_g, models.optimizer_d)
         losses = train_step(iteration, pictures, texts, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break

@@ -144,6 +144,13 @@ def perceptual(m, a, b):
     return m.lpips(a, b).flatten()
 
 
+def warm_up(iteration, config, optimizers_and_rates):
+    """The rates rise in equal steps, to their values in iteration lr_warmup - 1."""
+    for optimizer, rate in optimizers_and_rates:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (iteration + 1) / config.lr_warmup if iteration < config.lr_warmup else rate
+
+
 def convert(iteration, prompts, config, draws, m):
     """One step of a student's conversion, onto what its start draws in one step."""
     z, cond, clamp = draws(iteration).randn(*m.shape), condition(m, prompts), config.convert_clamp
@@ -178,8 +185,7 @@ def yoso(iteration, pictures, captions, config, draws, m):
     t_k = (t - max(1, round(config.real_offset * T / 1000))).clamp(min=0)
     t_m = (t - max(1, round(config.con_offset * T / 1000))).clamp(min=0)
     left = min(1, (1 - iteration / config.iterations) / config.lr_decay) if config.lr_decay else 1
-    m.optimizer_g.param_groups[0]["lr"] = left * config.lr
-    m.optimizer_d.param_groups[0]["lr"] = left * config.lr_d
+    warm_up(iteration, config, [(m.optimizer_g, left * config.lr), (m.optimizer_d, left * config.lr_d)])
 
     def predict(level):
         x_level = col(alpha[level]) * x0 + col(sigma[level]) * eps
@@ -254,6 +260,8 @@ def swiftbrush_optimizers(m, config):
 
 def swiftbrush(iteration, prompts, config, draws, m):
     """One iteration of student A or B, with the image regularisation by pairs."""
+    warm_up(iteration, config, [(m.optimizer, {"a": config.lr, "b": config.lr_b}[m.stage]),
+                                (m.optimizer_lora, config.lr_lora_teacher)])
     draw, alpha, sigma = draws(3 * iteration), m.teacher.alpha, m.teacher.sigma
     cond, null = condition(m, prompts), condition(m, [""] * len(prompts))
     z, t, eps = draw.randn(*m.shape), draw.randint(config.t_min, config.t_max + 1), draw.randn(*m.shape)
@@ -302,6 +310,7 @@ def diff_instruct_optimizers(m, config):
 
 def diff_instruct(iteration, prompts, config, draws, m):
     """One iteration: the assistant's updates, then, once its warm-up is over, the student's."""
+    warm_up(iteration, config, [(m.optimizer, config.lr), (m.optimizer_assistant, config.lr_assistant)])
     alpha, sigma, K = m.reference.alpha, m.reference.sigma, config.assistant_steps
     cond, null = condition(m, prompts), condition(m, [""] * len(prompts))
     for k in range(K):

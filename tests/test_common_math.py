@@ -176,6 +176,19 @@ def test_the_prior_of_data_with_places():
     assert prior.std.shape == (3, 1, 1) and prior.std.flatten().tolist() == pytest.approx(expected)
 
 
+# Learning rates
+
+def test_rates_rise_linearly_to_what_they_are():
+    """For lr_warmup iterations, also where an optimiser's state comes from another iteration."""
+    assert [common.warmup_share(i, 4) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert common.warmup_share(0, 0) == common.warmup_share(0, 1) == 1.0
+    one, two = (torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr) for lr in (0.4, 3.0))
+    common.set_rates(0.5, one, two)
+    one.load_state_dict(one.state_dict())
+    common.set_rates(0.25, one)
+    assert [o.param_groups[0]["lr"] for o in (one, two)] == [0.1, 1.5]
+
+
 # EMA
 
 def test_ema_is_the_geometric_average():

@@ -48,8 +48,8 @@ def flags(folder, out, *more):
         "--preset", "shapes", "--model", folder / "sd", "--reward", folder / "clip",
         "--probe", folder / "judge", "--decoder", folder / "tae", "--out", out, "--device", "cpu",
         "--iterations", 2, "--warmup", 1, "--assistant-warmup", 1, "--convert-iterations", 2,
-        "--batch-size", 4, "--rank", 4, "--alpha", 8, "--lr", 0.01, "--lr-assistant", 0.01, "--ema", 0.5,
-        "--log-every", 1, "--sample-every", 4, *more]]
+        "--batch-size", 4, "--rank", 4, "--alpha", 8, "--lr", 0.01, "--lr-assistant", 0.01, "--lr-warmup", 5,
+        "--ema", 0.5, "--ema-ramp", "--log-every", 1, "--sample-every", 4, *more]]
 
 
 pytestmark = pytest.mark.usefixtures("few_pictures")

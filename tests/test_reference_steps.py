@@ -137,7 +137,8 @@ class Pictures(torch.utils.data.Dataset):
 
 
 COMMON = dict(out="unused", device="cpu", iterations=3, seed=4, sample_every=99)
-RAMP = dict(ema_ramp=True, ema=0.2)  # the decay is 0, 2 / 11, and not 3 / 12
+# The decay is 0, 2 / 11, and not 3 / 12; the rates are the half, and twice the whole.
+RISING = dict(ema_ramp=True, ema=0.2, lr_warmup=2)
 
 
 def real_yoso(networks=None, lpips=None, **settings):
@@ -331,7 +332,7 @@ SCRATCH = dict(
 @pytest.mark.parametrize("settings", [
     dict(), dict(adversary="data", flip=True), dict(adversary="ufogen", latent_z=5),
     dict(latent_z=5, flip=True, attention=True, r1=0.0), dict(con_distance="lpips", weight_decay=0.4),
-    dict(lambda_con=0.0, levels=7, rec_distance="lpips"), RAMP,
+    dict(lambda_con=0.0, levels=7, rec_distance="lpips"), RISING,
     dict(levels=9, real_offset=500, con_offset=200, con_weight="sqrt", weight_limit=0.3)], ids=str)
 def test_yoso_from_scratch(settings):
     torch.manual_seed(6)
@@ -440,7 +441,7 @@ BRUSH = dict(
     ("a", dict(clip_norm=0.1)), ("a", dict(clip_norm=0.1, guidance=(0.6, 4.1), prediction="v_prediction")),
     ("a", dict(clip_norm=0.1, regularise="pairs", guide_lora_teacher=False)),
     ("b", dict()), ("b", dict(guidance=(0.6, 4.1), regularise="pairs", clip_decay=False)),
-    ("b", dict(own=True, guide_lora_teacher=False)), ("b", RAMP)], ids=str)
+    ("b", dict(own=True, guide_lora_teacher=False)), ("b", RISING)], ids=str)
 def test_swiftbrush(stage, settings):
     settings, reals = BRUSH | settings, []
     prediction, own = settings.pop("prediction", "epsilon"), settings.pop("own", False)
@@ -482,7 +483,7 @@ STAR = dict(
     dict(), dict(huber_c=0.0, detach_normaliser=True, student_timestep=399, clip_norm=10.5),
     dict(distance="l2", cfg_choice=1, own=True, clip_norm=100.0),
     dict(divergence="kl", cfg_choice=1, assistant="lora", clip_norm=140.0),
-    dict(divergence="kl", assistant_steps=3, clip_norm=0.8), RAMP | dict(assistant_warmup=1),
+    dict(divergence="kl", assistant_steps=3, clip_norm=0.8), RISING | dict(assistant_warmup=1),
     dict(assistant="lora", assistant_warmup=1, assistant_steps=2, own=True, prediction="v_prediction",
          clip_norm=0.2),
     dict(cfg_choice=1, alpha_cfg=0.9, detach_normaliser=True, assistant="lora", clip_norm=34.0)], ids=str)

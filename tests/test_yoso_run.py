@@ -48,8 +48,8 @@ from plumbing.shapes import Shapes
 
 # Rates at which two iterations change pictures visibly.
 FINE_TUNE = ["--preset", "mini", "--iterations", 2, "--adapt-iterations", 2, "--batch-size", 4, "--lr", 0.02,
-             "--lr-d", 0.01, "--ema", 0.5, "--device", "cpu", "--log-every", 1, "--sample-every", 2,
-             "--prior-num", 8]
+             "--lr-d", 0.01, "--lr-warmup", 3, "--ema", 0.5, "--ema-ramp", "--device", "cpu",
+             "--log-every", 1, "--sample-every", 2, "--prior-num", 8]
 KINDS = dict(full=[], lora=["--rank", 4, "--alpha", 8], adapt=["--adapt", "--rank", 4, "--alpha", 4],
              scratch=["--latent-z", 8])
 
@@ -302,8 +302,11 @@ def test_two_processes_equal_one(models, finished, tmp_path):
     assert state(tmp_path).keys() == state(finished["adapt"].out).keys()
 
 
-def test_the_rates_fall_at_the_end(models, tmp_path, monkeypatch):
-    """--lr-decay 0.5: constant for half of the iterations, then linearly to 0; their number is bound."""
+def test_the_rates_rise_and_fall(models, tmp_path, monkeypatch):
+    """--lr-decay 0.5: constant for half of the iterations, then linearly to 0; their number is bound.
+
+    --lr-warmup 8 is a factor, 1 / 8 more in each.
+    """
     rates = []
 
     def step(iteration, pictures, captions, config, run, cast):
@@ -311,9 +314,9 @@ def test_the_rates_fall_at_the_end(models, tmp_path, monkeypatch):
         return dict(L_D=torch.zeros(()))
 
     monkeypatch.setattr(yoso, "train_step", step)
-    decaying = ["--lr", 1.0, "--lr-d", 10.0, "--lr-decay", 0.5, "--save-every", 8]
+    decaying = ["--lr", 1.0, "--lr-d", 10.0, "--lr-decay", 0.5, "--lr-warmup", 8, "--save-every", 8]
     run(flags("scratch", models, tmp_path, *decaying, "--iterations", 8))
-    expected = [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    expected = [(i + 1) / 8 * left for i, left in enumerate([1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])]
     assert rates == [[pytest.approx(rate), pytest.approx(10 * rate)] for rate in expected]
     with pytest.raises(UserError, match="--iterations was 8, is 9"):
         run(flags("scratch", models, tmp_path, *decaying, "--iterations", 9))
