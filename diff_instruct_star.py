@@ -21,7 +21,7 @@ In the first --assistant-warmup iterations only step 1 is taken, in the next --w
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, c)) / alpha_T.
 
 Symbols, paper -> code: g_theta -> student; s_q -> reference, the frozen teacher; s_psi -> assistant;
-alpha_rew, alpha_cfg as they are (alpha_cfg is diffusers' guidance_scale - 1); K_TA -> assistant_steps;
+alpha_rew, alpha_cfg as they are (alpha_cfg is diffusers' guidance_scale - 1); K_TA -> score_updates;
 d -> distance; c of pseudo-Huber -> huber_c.
 
 Differences from the paper as printed. Its Eq. 3.5 and 3.6 push away from the prompt: the sign of the guidance
@@ -119,8 +119,8 @@ class Config(RunFlags):
 
     assistant: str = flag("full", "full: a copy of the reference's weights; lora: an adapter on them",
                           choices=("full", "lora"))
-    assistant_steps: int = flag(1, "K_TA, updates of the assistant an iteration; Diff-Instruct and SiD: 1, "
-                                "DMD2 for SDXL: 5", least=1)
+    score_updates: int = flag(1, "K_TA, updates of the assistant an iteration; Diff-Instruct and SiD: 1, "
+                              "DMD2 for SDXL: 5", least=1)
     assistant_warmup: int = flag(0, "iterations at the start in which only the assistant learns", least=0)
     warmup: int = flag(1000, "after that, iterations without reward; 0 if the student starts from a one-step "
                        "model, of --student or of SwiftBrush v2's run", least=0)
@@ -354,7 +354,7 @@ def train_step(iteration, prompts, config, run, models):
 
     Returns the scalars to log.
     """
-    student, assistant, codec, K = models.student, models.assistant, models.codec, config.assistant_steps
+    student, assistant, codec, K = models.student, models.assistant, models.codec, config.score_updates
     schedule, cond = models.reference.schedule, codec.cond(prompts)
     alpha_rew = config.alpha_rew if iteration >= config.assistant_warmup + config.warmup else 0.0
 

@@ -14,14 +14,15 @@ One iteration of a student; the same numbers stand in train_step:
      (the second not with --no-guide-lora-teacher), no gradient
   3. student: gradient g / numel(f) at f, then through f; B adds
      weight(i) mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), whose weight falls to 0
-  4. LoRA teacher: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f from before the student's
-     update, fresh eps', fresh t' of all timesteps, a tenth of the captions emptied
+  4. LoRA teacher, K times: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f from before the
+     student's update, fresh eps', fresh t' of all timesteps, a tenth of the captions emptied
   5. EMA of the student
 Then theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights.
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
 
 Symbols, paper -> code: f_theta -> student; epsilon_phi -> teacher; epsilon_psi -> lora_teacher, the same
-frozen network with an adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda.
+frozen network with an adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda;
+K, which is 1 in the paper -> score_updates.
 
 Differences from the paper as printed. The LoRA teacher's loss is E|eps_psi - eps|^2, not |E[.]|^2. alpha_T
 comes from the scheduler: (alpha_T, sigma_T) = (0, 1) would divide by zero. A gradient that is not finite
@@ -101,6 +102,8 @@ class Config(RunFlags):
                                     "off: the teacher alone, which sharpens")
     null_share: float = flag(0.1, "share of the LoRA teacher's captions that are emptied, so that it "
                              "can be guided; SwiftBrush v1: 0.1", least=0, below=1)
+    score_updates: int = flag(1, "updates of the LoRA teacher an iteration, Diff-Instruct*'s K_TA; "
+                              "SwiftBrush v1: 1, DMD2 for SDXL: 5", least=1)
     t_min: int = flag(20, "lowest timestep of the distillation; SwiftBrush v1: 20", least=0)
     t_max: int = flag(980, "highest; SwiftBrush v1: 980", least=0)
     lora_targets: tuple = flag(("to_q", "to_v"), "layers of the LoRA teacher, by the ends of their names; "
@@ -366,10 +369,7 @@ def train_step(iteration, prompts, config, run, models):
     parts = run.split(
         y=prompts, cond=cond, null=null, z=draw.randn(*codec.shape),
         t=draw.randint(config.t_min, config.t_max + 1), eps=draw.randn(*codec.shape),
-        guidance=guidance_of(config, draw),
-        # For the LoRA teacher, which learns at all timesteps and also the empty condition.
-        t_lora=fresh.randint(0, len(schedule)), eps_lora=fresh.randn(*codec.shape),
-        cond_lora=emptied(cond, null, fresh.rand() < config.null_share) if codec.has_null else cond, **pairs)
+        guidance=guidance_of(config, draw), **pairs)
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)  # 1.
@@ -386,12 +386,17 @@ def train_step(iteration, prompts, config, run, models):
         return sum(losses.values()), losses
 
     def loss_lora_teacher(p):  # 4. On the pictures that loss_student left, from before the student's update.
-        x_t = schedule.add_noise(p.f, p.eps_lora, p.t_lora)
-        loss = lora_teacher_loss(lora_teacher.predict(x_t, p.t_lora, "epsilon", p.cond_lora), p.eps_lora)
+        x_t = schedule.add_noise(p.f, p.eps, p.t)
+        loss = lora_teacher_loss(lora_teacher.predict(x_t, p.t, "epsilon", p.cond), p.eps)
         return loss, dict(L_lora_teacher=loss)
 
     scalars = run.descend(models.optimizer, parts, loss_student, config.clip_norm)
-    scalars |= run.descend(models.optimizer_lora, parts, loss_lora_teacher, config.clip_norm)
+    f = torch.cat([p.f for p in parts])
+    for _ in range(config.score_updates):  # at all timesteps, and also of the empty condition
+        parts = run.split(
+            f=f, t=fresh.randint(0, len(schedule)), eps=fresh.randn(*codec.shape),
+            cond=emptied(cond, null, fresh.rand() < config.null_share) if codec.has_null else cond)
+        scalars |= run.descend(models.optimizer_lora, parts, loss_lora_teacher, config.clip_norm)
     models.ema.update(iteration)  # 5.
     return scalars
 

@@ -290,11 +290,13 @@ def swiftbrush(iteration, prompts, config, draws, m):
     norm = descend(sum(losses.values()), m.student.parameters, m.optimizer, config.clip_norm)
 
     draw = draws(3 * iteration + 1)
-    t, eps, emptied = draw.randint(0, len(alpha)), draw.randn(*m.shape), draw.rand() < config.null_share
-    texts = torch.where(emptied.view(-1, 1, 1), null["encoder_hidden_states"], cond["encoder_hidden_states"])
-    x_t = (col(alpha[t]) * f + col(sigma[t]) * eps).detach()
-    L_lora_teacher = ((m.lora_teacher.eps(x_t, t, dict(encoder_hidden_states=texts)) - eps)**2).mean()
-    norm_lora = descend(L_lora_teacher, m.lora_teacher.parameters, m.optimizer_lora, config.clip_norm)
+    for _ in range(config.score_updates):
+        t, eps, emptied = draw.randint(0, len(alpha)), draw.randn(*m.shape), draw.rand() < config.null_share
+        texts = [c["encoder_hidden_states"] for c in (null, cond)]
+        texts = torch.where(emptied.view(-1, 1, 1), *texts)
+        x_t = (col(alpha[t]) * f + col(sigma[t]) * eps).detach()
+        L_lora_teacher = ((m.lora_teacher.eps(x_t, t, dict(encoder_hidden_states=texts)) - eps)**2).mean()
+        norm_lora = descend(L_lora_teacher, m.lora_teacher.parameters, m.optimizer_lora, config.clip_norm)
     update_average(m, m.student.parameters, config, iteration)
     return losses | dict(L_lora_teacher=L_lora_teacher, grad_student=norm, grad_lora_teacher=norm_lora)
 
@@ -311,7 +313,7 @@ def diff_instruct_optimizers(m, config):
 def diff_instruct(iteration, prompts, config, draws, m):
     """One iteration: the assistant's updates, then, once its warm-up is over, the student's."""
     warm_up(iteration, config, [(m.optimizer, config.lr), (m.optimizer_assistant, config.lr_assistant)])
-    alpha, sigma, K = m.reference.alpha, m.reference.sigma, config.assistant_steps
+    alpha, sigma, K = m.reference.alpha, m.reference.sigma, config.score_updates
     cond, null = condition(m, prompts), condition(m, [""] * len(prompts))
     for k in range(K):
         draw = draws((K + 1) * iteration + 1 + k)

@@ -311,7 +311,7 @@ def test_help_shows_the_values_of_the_preset_that_the_flags_choose(arguments, pr
     (["--teacher-guidance", "nan"], "--teacher-guidance nan: must be at least 0"),
     (["--divergence", "js"], "--divergence js: must be one of score, kl"),
     (["--cfg-choice", 3], "--cfg-choice 3: must be one of 1, 2"),
-    (["--assistant-steps", 0], "--assistant-steps 0: must be at least 1"),
+    (["--score-updates", 0], "--score-updates 0: must be at least 1"),
     (["--iterations", 0], "--iterations 0: must be at least 1"),
     (["--lr-assistant", 0], "--lr-assistant 0.0: must be above 0"),
     (["--clip-norm", -1], "--clip-norm -1.0: must be above 0"),

@@ -441,7 +441,8 @@ BRUSH = dict(
     ("a", dict(clip_norm=0.1)), ("a", dict(clip_norm=0.1, guidance=(0.6, 4.1), prediction="v_prediction")),
     ("a", dict(clip_norm=0.1, regularise="pairs", guide_lora_teacher=False)),
     ("b", dict()), ("b", dict(guidance=(0.6, 4.1), regularise="pairs", clip_decay=False)),
-    ("b", dict(own=True, guide_lora_teacher=False)), ("b", RISING)], ids=str)
+    ("b", dict(own=True, guide_lora_teacher=False)), ("b", RISING),
+    ("a", dict(clip_norm=0.1, score_updates=3)), ("b", dict(score_updates=2))], ids=str)
 def test_swiftbrush(stage, settings):
     settings, reals = BRUSH | settings, []
     prediction, own = settings.pop("prediction", "epsilon"), settings.pop("own", False)
@@ -483,8 +484,8 @@ STAR = dict(
     dict(), dict(huber_c=0.0, detach_normaliser=True, student_timestep=399, clip_norm=10.5),
     dict(distance="l2", cfg_choice=1, own=True, clip_norm=100.0),
     dict(divergence="kl", cfg_choice=1, assistant="lora", clip_norm=140.0),
-    dict(divergence="kl", assistant_steps=3, clip_norm=0.8), RISING | dict(assistant_warmup=1),
-    dict(assistant="lora", assistant_warmup=1, assistant_steps=2, own=True, prediction="v_prediction",
+    dict(divergence="kl", score_updates=3, clip_norm=0.8), RISING | dict(assistant_warmup=1),
+    dict(assistant="lora", assistant_warmup=1, score_updates=2, own=True, prediction="v_prediction",
          clip_norm=0.2),
     dict(cfg_choice=1, alpha_cfg=0.9, detach_normaliser=True, assistant="lora", clip_norm=34.0)], ids=str)
 def test_diff_instruct(settings):

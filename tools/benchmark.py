@@ -104,7 +104,7 @@ def plain_step(config, run, models, prompts):
     """Diff-Instruct*'s iteration with one backward pass through divergence, reward and student together."""
     di, student, codec = diff_instruct_star, models.student, models.codec
     iteration = iteration_of(di, config)
-    draw = run.draws((config.assistant_steps + 1) * iteration)
+    draw = run.draws((config.score_updates + 1) * iteration)
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)
