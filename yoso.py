@@ -76,7 +76,7 @@ from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import (Parser, RunFlags, bound_flags, check_flags, check_sample_flags, check_writable,
                           flag, parse_config, read_config, run_command, sample_flags)
-from plumbing.data import (generate_folder, load_dataset, load_prompts, prompts_of, sample_order,
+from plumbing.data import (FreshData, generate_folder, load_dataset, load_prompts, prompts_of, sample_order,
                            to_floats)
 from plumbing.files import check_folder, digest, open_tensors, write_folder, write_tensors, write_text
 from plumbing.grids import save_grid, save_samples
@@ -103,9 +103,9 @@ class Config(RunFlags):
     image_size: int = flag(32, "from scratch: pixels; pictures are resized, centre-cropped", "data", least=1,
                            most=4096)
     flip: bool = flag(True, "mirror the pictures at random, as DDGAN does", "data")
-    prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset", "data")
-    generate: int = flag(0, "train on this many pictures of --generator, put into OUT/data", "data", least=0,
-                         most=10**7)
+    prompts: str = flag("", "with --generator: file of prompts; empty: the captions of --dataset", "data")
+    generate: int = flag(0, "train on this many pictures of --generator, put into OUT/data; 0: on latents it "
+                         "draws anew every step, as in the authors' script", "data", least=0, most=10**7)
     generator: str = flag("", "pipeline of few steps, directory or hub id; "
                           "YOSO-LoRA: stabilityai/sdxl-turbo", "data")
     generator_lora: str = flag("", "LoRA weights merged into --generator; "
@@ -172,6 +172,11 @@ class Config(RunFlags):
     prior_num: int = flag(1000, "pictures from which the informative prior is estimated", least=1,
                           most=10**6)
     teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5", least=0)
+
+    @property
+    def draws_data(self):
+        """Whether --generator draws the data anew every step, and none are stored."""
+        return bool(self.generator) and not self.generate
 
 
 SMALL = dict(
@@ -768,12 +773,14 @@ def check(config):
         refuse(config.flip and config.cache_latents, "flip", "cannot mirror cached latents; give --no-flip")
         without = config.generate and not config.generator
         refuse(without, "generate", "needs a --generator that draws the pictures")
-        for name in ("generator", "generator_lora", "prompts"):
-            alone = getattr(config, name) and not config.generate
-            refuse(alone, name, "only draws pictures with --generate NUMBER")
-        if not (config.dataset or config.generate and config.prompts):
+        for name in ("generator_lora", "prompts"):
+            refuse(getattr(config, name) and not config.generator, name, "needs a --generator that draws")
+        for name, only in dict(flip=False, workers=0, nfe=1).items():
+            other = config.draws_data and getattr(config, name) != only
+            refuse(other, name, "is for stored pictures; leave it out, or give --generate NUMBER")
+        if not (config.dataset or config.generator and config.prompts):
             raise UserError("--dataset: give a folder of captioned pictures, or have them drawn by "
-                            "--generate, --generator and --prompts")
+                            "--generator and --prompts")
         return
     refuse(config.preset in FINE_TUNE, "preset", "needs --model PIPELINE to fine-tune")
     drawn = ("generate", "generator", "generator_lora", "prompts")
@@ -882,10 +889,11 @@ def adapt(config, teacher, codec, dataset):
     return student
 
 
-def captioned_data(config, codec, codec_d, device):
+def captioned_data(config, run, codec, codec_d):
     """A fine-tuning's (dataset, captions of 64 pictures); generated, cached where the flags say so."""
-    name = generated_data(config, device) if config.generate else config.dataset
-    dataset = load_dataset(name, codec.picture_size, config.seed)
+    name = generated_data(config, run.device) if config.generate else config.dataset
+    dataset = (FreshData(config, run, codec) if config.draws_data else
+               load_dataset(name, codec.picture_size, config.seed))
     captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
     if not any(captions):
         raise UserError(f"--dataset {name}: its pictures have no captions; add metadata.jsonl, or a .txt "
@@ -912,7 +920,7 @@ def train(config):
     start, codec, discriminator, half, codec_d = load_networks(config, run)
     prior = original = None
     if config.model:
-        dataset, captions = captioned_data(config, codec, codec_d, run.device)
+        dataset, captions = captioned_data(config, run, codec, codec_d)
         run.make_folder()
         if run.rank == 0 and not config.adapt and not ends_in_noise(start):
             prior = estimate_prior(run, config, codec, dataset)

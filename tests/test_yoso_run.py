@@ -43,7 +43,9 @@ from safetensors.torch import load_file
 import plumbing.cli
 import yoso
 from common import HalfUNet, InformativePrior, UserError, load
+from plumbing.data import FreshData
 from plumbing.grids import save_grid
+from plumbing.run import Run
 from plumbing.shapes import Shapes
 
 # Rates at which two iterations change pictures visibly.
@@ -399,6 +401,31 @@ def test_data_made_by_a_model(models, finished, tmp_path, monkeypatch):
             yoso.generated_data(dataclasses.replace(two, **change), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kind, more", [("full", []), ("adapt", ["--cache-latents"])])
+def test_data_drawn_every_step(models, tmp_path, kind, more):
+    """Nothing is stored of them, and a run that was stopped ends with the same weights and prior."""
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:3]))
+    drawn = ["--generator", models / "sd", "--dataset", "", "--prompts", tmp_path / "prompts.txt", *more]
+    one, two = (flags(kind, models, tmp_path / name, *drawn) for name in ("one", "two"))
+    run(one)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        stop_at(patched, "two", 1)
+        run(two)
+    run(two)
+    assert equal(state(tmp_path / "one"), state(tmp_path / "two"))
+    assert not list(tmp_path.glob("*/data")) and not list(tmp_path.glob("*/cache/latents"))
+    priors = [InformativePrior.read(tmp_path / name / "pipeline") for name in ("one", "two")]
+    if kind == "full":
+        config = plumbing.cli.read_config(yoso.Config, tmp_path / "one" / "config.json")
+        data = FreshData(config, Run(config), load(models / "sd")[1])
+        expected = InformativePrior.of(torch.stack([data[i]["image"] for i in range(8)]))
+        for prior in priors:
+            torch.testing.assert_close(prior.mean, expected.mean, atol=1e-5, rtol=0)
+            torch.testing.assert_close(prior.std, expected.std, atol=1e-5, rtol=0)
+    else:
+        assert priors == [None, None]
+
+
 # Other commands
 
 def test_merge_command(models, finished, tmp_path, capsys):
@@ -574,6 +601,7 @@ def test_flags_that_do_not_fit_a_model(models, finished, tmp_path):
     zero_snr = finished["adapt"].out / "pipeline"
     (other := tiny.sd()).vae.register_to_config(scaling_factor=0.5)
     other.save_pretrained(tmp_path / "other")
+    drawn = ["--generator", models / "sd"]
     for more, message in (
             (["--preset", "cifar10"], "--preset cifar10: trains from scratch"),
             (["--latent-z", 8], "--latent-z 8: is for a run from scratch"),
@@ -586,8 +614,15 @@ def test_flags_that_do_not_fit_a_model(models, finished, tmp_path):
             (["--con-distance", "lpips"], "--con-distance lpips: compares pictures"),
             (["--flip", "--cache-latents"], "--flip True: cannot mirror cached latents"),
             (["--generate", 5], "--generate 5: needs a --generator"),
-            (["--generator", models / "sd"], "only draws pictures with --generate"),
-            (["--prompts", "x"], "--prompts x: only draws pictures with --generate"),
+            (["--generator-lora", "x"], "--generator-lora x: needs a --generator"),
+            (["--prompts", "x"], "--prompts x: needs a --generator"),
+            ([*drawn, "--flip"], "--flip True: is for stored pictures"),
+            ([*drawn, "--workers", 2], "--workers 2: is for stored pictures"),
+            ([*drawn, "--nfe", 4], "--nfe 4: is for stored pictures; leave it out, or give --generate"),
+            ([*drawn, "--dataset", ""], "or have them drawn by --generator and --prompts"),
+            ([*drawn, "--prompts", "absent"], "--prompts absent: cannot be read"),
+            (["--generator", tmp_path / "other"], r"shape and scale \(.*, 0.5\), --model's \(.*, 0.18215\)"),
+            (["--generator", tmp_path / "pixels"], "--model's .*; give two of the same VAE, or --generate"),
             (["--dataset", ""], "give a folder of captioned pictures"),
             (["--micro-batch", 3], "does not divide"),
             (["--model", models / "pixart"], "has no UNet"),
