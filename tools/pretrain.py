@@ -209,7 +209,7 @@ def train(config, name, build, loss_of, dataset):
         optimizer.param_groups[0]["lr"] = lr * warmup * decay
         draw, first = run.draws(iteration), iteration * batch_size + run.rows.start
         losses = run.descend(optimizer, run.split(x0=x0, captions=captions), loss_module, 1.0)
-        ema.update()
+        ema.update(iteration)
         if run.finish_iteration(iteration, losses):
             break
     run.end()
