@@ -154,12 +154,12 @@ class Denoiser:
             # prediction.
             return self.net(x_t, timestep=t, **(cond or {})).sample[:, :x_t.shape[1]].float()
 
-    def with_lora(self, name, rank, alpha, targets=None):
+    def with_lora(self, name, rank, alpha, targets=None, init="default"):
         """A Denoiser of the same net with a new LoRA on, which is trainable and starts as no change.
 
-        This Denoiser goes on running on the bare weights, which are frozen from here on.
+        This Denoiser goes on running on the bare weights, which are frozen from here on. init: see add_lora.
         """
-        add_lora(self.net, name, rank, alpha, targets or LORA_TARGETS)
+        add_lora(self.net, name, rank, alpha, targets or LORA_TARGETS, init)
         return Denoiser(self.net, self.schedule, self.prediction_type, name)
 
     def trainable(self):
@@ -781,12 +781,15 @@ class MergingConv2d(MergingLora, LoraConv2d):
     """A convolution with LoRAs."""
 
 
-def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
+def add_lora(net, name, rank, alpha, targets=LORA_TARGETS, init="default"):
     """Adds the LoRA `name` to a network, whose own weights it freezes; returns the LoRA's parameters by name.
 
-    The LoRA starts as no change, and acts inside `use_lora(net, name)` and in a Denoiser with that adapter.
+    The LoRA starts as no change, B = 0, and acts inside `use_lora(net, name)` and in a Denoiser with that
+    adapter. init: of A, whose size is that of the first updates of B A: "default", peft's, has a standard
+    deviation of 1 / sqrt(3 inputs) at any rank, "gaussian" one of 1 / rank.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    init = "gaussian" if init == "gaussian" else True
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=init, target_modules=list(targets))
     config._register_custom_module({torch.nn.Linear: MergingLinear, torch.nn.Conv2d: MergingConv2d})
     with warnings.catch_warnings():
         # Several adapters on one network are meant.

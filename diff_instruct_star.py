@@ -145,9 +145,10 @@ PRESETS = {
     "sdxl": dict(precision="bf16", gradient_checkpointing=True, micro_batch=4, shard=True),
     "shapes": dict(
         iterations=200, batch_size=32, lr=1e-4, lr_assistant=5e-4, ema=0.98, ema_ramp=False,
-        save_every=100, sample_every=100, alpha_rew=10.0, assistant_warmup=50, warmup=300,
-        prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, decoder="assets/mini-taesd",
-        reward="assets/mini-pickscore", probe="assets/mini-judge", teacher_guidance=2.0),
+        lora_init="gaussian", save_every=100, sample_every=100, alpha_rew=10.0, assistant_warmup=50,
+        warmup=300, prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0,
+        decoder="assets/mini-taesd", reward="assets/mini-pickscore", probe="assets/mini-judge",
+        teacher_guidance=2.0),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", iterations=20_000, batch_size=128, lr=1e-5, lr_assistant=1e-5,
         alpha_rew=0.0, alpha_cfg=0.0, reward="", probe="", decoder="", warmup=0, prediction="v_prediction",
@@ -291,7 +292,8 @@ def build(config, run, loaded=None):
         hold_in_bf16(reference.net)
     shard(config, reference.net)
     if config.assistant == "lora":
-        assistant = reference.with_lora("assistant", config.rank, config.alpha, config.lora_targets)
+        assistant = reference.with_lora("assistant", config.rank, config.alpha, config.lora_targets,
+                                        config.lora_init)
     for network in {student.net, reference.net, assistant.net}:
         if config.gradient_checkpointing:
             enable_checkpointing(network)

@@ -151,10 +151,10 @@ PRESETS = {
     "sd21": dict(precision="bf16", gradient_checkpointing=True, micro_batch=8),
     "shapes": dict(
         iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.99,
-        ema_ramp=False, save_every=100, sample_every=200, guidance=(2.0,), prediction="v_prediction",
-        convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128, clip="assets/mini-clip",
-        decoder="assets/mini-taesd", tau=0.98, clip_weight=1.0, distance="l2", regularise_num=2000,
-        teacher_guidance=2.0, lora_targets=LORA_TARGETS),
+        ema_ramp=False, lora_init="gaussian", save_every=100, sample_every=200, guidance=(2.0,),
+        prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128,
+        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.98, clip_weight=1.0, distance="l2",
+        regularise_num=2000, teacher_guidance=2.0, lora_targets=LORA_TARGETS),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128,
         lr=1e-5, clip_weight=0.0, decoder="", distance="l2", teacher_guidance=1.0, prediction="v_prediction",
@@ -293,8 +293,10 @@ def build(config, run, stage, loaded=None):
         shard(config, net)
         student, lr = Denoiser(net, start.schedule, start.prediction_type), config.lr
     else:
-        student, lr = start.with_lora("student", config.rank_b, config.alpha_b), config.lr_b
-    lora_teacher = teacher.with_lora("lora_teacher", config.rank, config.alpha, config.lora_targets)
+        student = start.with_lora("student", config.rank_b, config.alpha_b, init=config.lora_init)
+        lr = config.lr_b
+    lora_teacher = teacher.with_lora("lora_teacher", config.rank, config.alpha, config.lora_targets,
+                                     config.lora_init)
     if config.gradient_checkpointing:
         for net in {student.net, teacher.net}:
             enable_checkpointing(net)

@@ -202,7 +202,8 @@ FULL = dict(
     lambda_rec=0.5, lambda_con=2.0, con_weight="sqrt", weight_limit=5.0)
 MINI = FULL | dict(
     model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, ema_ramp=False,
-    save_every=250, adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
+    lora_init="gaussian", save_every=250, adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0,
+    teacher_guidance=2.0)
 # What lets a GPU of 80 GB train the published models; docs/scaling.md has the memory.
 LARGE = FULL | dict(precision="bf16", gradient_checkpointing=True, micro_batch=32)
 FINE_TUNE = {
@@ -542,7 +543,8 @@ def build(config, run, networks=None):
     if config.precision == "bf16" and half and next(half.parameters()) is not next(start.net.parameters()):
         hold_in_bf16(half)  # where it does not share the weights below G's LoRA, which are exported
     if config.rank:
-        generator = start.with_lora("student", config.rank, config.alpha)  # freezes all but the LoRA
+        # Freezes all but the LoRA.
+        generator = start.with_lora("student", config.rank, config.alpha, init=config.lora_init)
     else:
         start.net.requires_grad_(True)
         generator = start

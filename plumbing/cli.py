@@ -65,6 +65,8 @@ class RunFlags:
                       choices=("", "tensorboard"))
     lr_warmup: int = flag(0, "iterations at the start over which all learning rates rise linearly, 0: none; "
                           "DMD2: 500", least=0)
+    lora_init: str = flag("default", "start of a LoRA's A: default, peft's and that of the authors' scripts; "
+                          "gaussian, with a standard deviation of 1 / rank", choices=("default", "gaussian"))
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
     save_every: int = flag(500, "iterations between checkpoints", "run", least=1)
     sample_every: int = flag(500, "iterations between grids in samples/", "run", least=1)

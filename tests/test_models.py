@@ -471,6 +471,16 @@ def test_a_lora_is_not_merged_at_few_places_nor_in_bf16(name):
         assert same(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("init, deviation", [("default", 1 / (3 * 320)**0.5), ("gaussian", 1 / 32)])
+def test_how_a_lora_starts(init, deviation):
+    """B is 0, and A has the standard deviation that add_lora names."""
+    net = torch.nn.ModuleDict(dict(to_q=torch.nn.Linear(320, 320)))
+    torch.manual_seed(0)
+    weights = common.add_lora(net, "student", 32, 32, ("to_q",), init)
+    A, B = (next(p for name, p in weights.items() if which in name) for which in ("lora_A", "lora_B"))
+    assert A.std().item() == pytest.approx(deviation, rel=0.02) and not B.any()
+
+
 def test_two_adapters_share_one_frozen_network():
     """Off is the network itself, bit for bit; fresh adapters change nothing; each acts where it is on."""
     net = tiny.unet().eval().requires_grad_(False)

@@ -131,6 +131,20 @@ def test_diff_instruct_copies_the_reference_before_it_is_rounded(folder, kind, t
     assert all(value.isfinite() and value.dtype == torch.float32 for value in scalars.values())
 
 
+@pytest.mark.parametrize("init", ["default", "gaussian"])
+def test_every_lora_starts_as_its_flag_says(folder, init, tmp_path):
+    flags = ["--lora-init", init, "--precision", "fp32"]
+    yoso_lora = cast(yoso, folder, tmp_path, "--rank", 4, *flags)[2].generator
+    stage_b = cast(sb, folder, tmp_path, "--stage", "b", "--rank-b", 4, *flags)[2]
+    assistant = cast(di, folder, tmp_path, "--assistant", "lora", *flags)[2].assistant
+    for denoiser in (yoso_lora, stage_b.student, stage_b.lora_teacher, assistant):
+        A = {name: p for name, p in denoiser.trainable().items() if "lora_A" in name and "attn1.to_q" in name}
+        width = next(iter(A.values())).shape[1]
+        wanted = 1 / (3 * width)**0.5 if init == "default" else 1 / 4
+        found = torch.cat([p.flatten() for p in A.values() if p.shape[1] == width]).std().item()
+        assert found == pytest.approx(wanted, rel=0.3)
+
+
 @pytest.mark.slow
 def test_a_pipeline_is_exported_in_float32(folder, tmp_path):
     """Its VAE and text encoder are the model's, bit for bit."""
