@@ -4,6 +4,7 @@ Whole steps against an independent implementation: test_reference_steps.py.
 """
 
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,7 @@ def test_fresh_data_are_what_the_generator_draws(model, tmp_path, with_prior):
     x0, captions = next(batches := run.batches(data))
     x0_next, captions_next = next(batches)
     assert sorted(captions[:3]) == sorted([*captions[3:], *captions_next[:2]]) == sorted(CAPTIONS[:3])
+    assert [captions, captions_next] == list(islice(run.prompts(data.prompts), 2))
     schedule = NoiseSchedule.from_config(pipe.scheduler.config)
     alpha, sigma = schedule.alpha[-1], schedule.sigma[-1]
     for i, (x, caption) in enumerate(zip([*x0, *x0_next], [*captions, *captions_next], strict=True)):
