@@ -461,6 +461,15 @@ def load_distance(name, device):
     return features, distance
 
 
+def x0_weight(f, x0_reference):
+    """1 / mean |f - x0_reference| of each sample, without gradient: [B, C, H, W] twice -> [B, 1, 1, 1].
+
+    On a difference of x0 predictions it is the weight w(t) of SiD (Zhou et al., 2024) and DMD (Yin et al.,
+    2024), which all noise levels share; a difference of noise predictions as it is starves the high ones.
+    """
+    return 1 / (f - x0_reference).detach().abs().mean((1, 2, 3), keepdim=True)
+
+
 # Conditions
 
 def map_cond(function, *conds):

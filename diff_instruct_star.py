@@ -45,9 +45,9 @@ from pathlib import Path
 
 import torch
 
-from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, check_targets, chunks_of, draw_many_steps,
-                    draw_samples, enable_checkpointing, frozen, hold_in_bf16, load, load_decoder,
-                    load_scorer, one_step, set_rates, warmup_share)
+from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, broadcast, check_targets, chunks_of,
+                    draw_many_steps, draw_samples, enable_checkpointing, frozen, hold_in_bf16, load,
+                    load_decoder, load_scorer, one_step, set_rates, warmup_share, x0_weight)
 from plumbing.cache import cache_conditions
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
@@ -97,6 +97,8 @@ class Config(RunFlags):
 
     divergence: str = flag("score", "score (Diff-Instruct*; with reward 0: SIM) or kl (Diff-Instruct++; "
                            "with reward 0: Diff-Instruct)", choices=("score", "kl"))
+    weighting: str = flag("noise", "w(t) of the divergence: noise, the scores as noise predictions; x0, as "
+                          "x0 predictions with SiD's and DMD's normaliser", choices=("noise", "x0"))
     distance: str = flag("huber", "of the scores: huber (pseudo-Huber, the paper's) or l2",
                          choices=("huber", "l2"))
     huber_c: float = flag(0.0, "c of pseudo-Huber; 0: 0.00054 sqrt(dimensions), "
@@ -178,38 +180,53 @@ def distance_gradient(y, distance, c, detach_normaliser=False):
     return y / (norm.detach() if detach_normaliser else norm)
 
 
-def score_loss(assistant, reference, target, distance="huber", c=1.0, detach_normaliser=False):
+def score_loss(assistant, reference, target, distance="huber", c=1.0, detach_normaliser=False, weight=1.0):
     """Eq. 3.4, a loss with the gradient of the score divergence.
 
     It is the mean over B of -d'(assistant - reference)^T (assistant - target), all [B, ...]: the two scores
     at x_t and -eps / sigma_t; or two noise predictions and eps, which amounts to the weight w(t) = sigma_t
-    (sigma_t^2 for l2). The two predictions depend on x_t and get their gradient through the networks' input;
-    target, the noise that was drawn, is a constant. For any field u, E[u(x_t)^T s_student(x_t)] = E[u(x_t)^T
-    (-eps / sigma_t)]; differentiating both sides by the student's parameters replaces the unknown derivative
-    of s_student by terms that can be computed. Nothing is detached: without the gradient through u, or
-    through (assistant - target), the gradient is no longer the divergence's. The minus is right as printed:
-    descent lowers d(assistant - reference).
+    (sigma_t^2 for l2). weight: a further one, [B, 1, 1, 1]. The two predictions depend on x_t and get their
+    gradient through the networks' input; target, the noise that was drawn, is a constant. For any field u,
+    E[u(x_t)^T s_student(x_t)] = E[u(x_t)^T (-eps / sigma_t)]; differentiating both sides by the student's
+    parameters replaces the unknown derivative of s_student by terms that can be computed. Nothing is
+    detached: without the gradient through u, or through (assistant - target), the gradient is no longer the
+    divergence's. The minus is right as printed: descent lowers d(assistant - reference).
     """
     u = distance_gradient(assistant - reference, distance, c, detach_normaliser)
-    return -(u * (assistant - target)).flatten(1).sum(1).mean()
+    return -(weight * u * (assistant - target)).flatten(1).sum(1).mean()
 
 
-def kl_loss(x_t, assistant, reference):
+def kl_loss(x_t, assistant, reference, weight=1.0):
     """Diff-Instruct's loss: mean over B of (s_student - s_reference)^T x_t, with the scores detached.
 
     Their difference is the gradient of KL(student || reference) at x_t. With noise predictions [B, ...] the
     weight is w(t) = sigma_t, as in score_loss.
     """
-    return ((reference - assistant).detach() * x_t).flatten(1).sum(1).mean()
+    return (weight * (reference - assistant).detach() * x_t).flatten(1).sum(1).mean()
 
 
-def cfg_loss(x_t, conditional, unconditional, alpha_cfg):
+def cfg_loss(x_t, conditional, unconditional, alpha_cfg, weight=1.0):
     """Choice 1, guidance as a reward log p(c | x_t): mean over B of -alpha_cfg w(t) (s_c - s_null)^T x_t.
 
     The gradient of log p(c | x_t) is s_c - s_null, and the loss is the negative of the reward: Eq. 3.6 with
     the sign turned. With noise predictions w(t) = sigma_t.
     """
-    return alpha_cfg * ((conditional - unconditional).detach() * x_t).flatten(1).sum(1).mean()
+    return alpha_cfg * (weight * (conditional - unconditional).detach() * x_t).flatten(1).sum(1).mean()
+
+
+def divergence_weights(config, schedule, f, x_t, t, eps_reference):
+    """The factors by which --weighting x0 changes w(t) of score_loss, and of kl_loss and cfg_loss.
+
+    Both are [B, 1, 1, 1]; without it 1. As in SiD and DMD the noise predictions become x0 predictions, whose
+    differences are sigma_t / alpha_t times as large, and a loss is divided by mean |f - x0_reference|. The
+    losses that are linear in x_t = alpha_t f + ... become linear in f.
+    """
+    if config.weighting == "noise":
+        return 1.0, 1.0
+    alpha_t, sigma_t = broadcast(schedule.alpha, t, f), broadcast(schedule.sigma, t, f)
+    weight = sigma_t / alpha_t * x0_weight(f, schedule.convert(eps_reference, x_t, t, "epsilon", "sample"))
+    # l2 multiplies two differences; of huber's two the first has the norm 1.
+    return weight * (sigma_t / alpha_t if config.distance == "l2" else 1.0), weight / alpha_t
 
 
 def reward_loss(rewards, alpha_rew):
@@ -310,9 +327,10 @@ def build(config, run, loaded=None):
 
 # Updates
 
-def divergence_losses(x_t, p, config, models):
-    """Steps 2 and 3 for a part p of train_step: {name: loss} at x_t [B, C, H, W], which needs a gradient."""
+def divergence_losses(f, p, config, models):
+    """Steps 2 and 3 for a part p of train_step: {name: loss} at f [B, C, H, W], which needs a gradient."""
     reference, assistant = models.reference, models.assistant
+    x_t = reference.schedule.add_noise(f, p.eps, p.t)
     # The gradient of KL needs the scores alone, that of a score divergence their derivative by x_t too.
     with torch.set_grad_enabled(config.divergence == "score"):
         # The assistant is conditional and never guided.
@@ -320,16 +338,18 @@ def divergence_losses(x_t, p, config, models):
         # eps_c + alpha_cfg (eps_c - eps_null) is diffusers' guidance with w = 1 + alpha_cfg.
         guidance_scale = 1.0 + config.alpha_cfg if config.cfg_choice == 2 else 1.0
         eps_reference = reference.predict(x_t, p.t, "epsilon", p.cond, p.null, guidance_scale)
+    of_score, of_kl = divergence_weights(config, reference.schedule, f, x_t, p.t, eps_reference)
     if config.divergence == "kl":
-        losses = dict(L_divergence=kl_loss(x_t, eps_assistant, eps_reference))
+        losses = dict(L_divergence=kl_loss(x_t, eps_assistant, eps_reference, of_kl))
     else:
         c = config.huber_c or 0.00054 * x_t[0].numel()**0.5
-        loss = score_loss(eps_assistant, eps_reference, p.eps, config.distance, c, config.detach_normaliser)
+        loss = score_loss(eps_assistant, eps_reference, p.eps, config.distance, c, config.detach_normaliser,
+                          of_score)
         losses = dict(L_divergence=loss)
     if config.cfg_choice == 1 and config.alpha_cfg:
         with torch.no_grad():
             eps_null = reference.predict(x_t, p.t, "epsilon", p.null)
-        losses["L_cfg"] = cfg_loss(x_t, eps_reference, eps_null, config.alpha_cfg)
+        losses["L_cfg"] = cfg_loss(x_t, eps_reference, eps_null, config.alpha_cfg, of_kl)
     return losses
 
 
@@ -376,7 +396,7 @@ def train_step(iteration, prompts, config, run, models):
         f = one_step(student, p.z, p.cond)  # 2. With its graph; the losses see it as a leaf.
         # Divergence and reward each go back to the leaf on their own: their graphs are never held together.
         leaf = f.detach().requires_grad_()
-        losses = divergence_losses(schedule.add_noise(leaf, p.eps, p.t), p, config, models)  # 3.
+        losses = divergence_losses(leaf, p, config, models)  # 3.
         gradient, norm = gradient_at(leaf, sum(losses.values()))
         values = losses | dict(grad_divergence=norm)
         with torch.set_grad_enabled(alpha_rew > 0):

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from common import (EMA, LOAD_ERRORS, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError,
                     check_targets, check_weights, chunk_for, ddim_sample, draw_many_steps, draw_samples,
                     enable_checkpointing, hold_in_bf16, load, load_decoder, load_distance, load_scorer,
-                    map_cond, one_line, one_step, remove_lora, set_rates, warmup_share)
+                    map_cond, one_line, one_step, remove_lora, set_rates, warmup_share, x0_weight)
 from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
@@ -98,6 +98,8 @@ class Config(RunFlags):
 
     guidance: tuple = flag((4.5,), "of both teachers; two values: drawn uniformly for each sample "
                            "(SNOOPI: 0.5 4); paper: 4.5", least=0)
+    weighting: str = flag("noise", "w(t) of the VSD gradient: noise, sigma_t^2 on noise predictions, as in "
+                          "SwiftBrush v1; x0, that of DMD", choices=("noise", "x0"))
     guide_lora_teacher: bool = flag(True, "guide the LoRA teacher too, as in Eq. 4; "
                                     "off: the teacher alone, which sharpens")
     null_share: float = flag(0.1, "share of the LoRA teacher's captions that are emptied, so that it "
@@ -187,6 +189,15 @@ def vsd_gradient(eps_teacher, eps_lora_teacher, sigma_t):
     finds likelier than the student's own distribution does.
     """
     return sigma_t**2 * (eps_teacher - eps_lora_teacher)
+
+
+def vsd_gradient_x0(f, x0_teacher, x0_lora_teacher):
+    """g with DMD's weight: (x0_lora_teacher - x0_teacher) / mean |f - x0_teacher|; [B, C, H, W].
+
+    It is vsd_gradient's divided by alpha_t sigma_t and by that mean, and points the same way: where the LoRA
+    teacher sees less noise than the teacher, it sees more of x0.
+    """
+    return x0_weight(f, x0_teacher) * (x0_lora_teacher - x0_teacher)
 
 
 def vsd_loss(f, g):
@@ -387,6 +398,9 @@ def train_step(iteration, prompts, config, run, models):
             eps_teacher = teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, p.guidance)
             eps_lora_teacher = lora_teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, guidance_lora)
             g = vsd_gradient(eps_teacher, eps_lora_teacher, schedule.sigma[p.t].view(-1, 1, 1, 1))
+            if config.weighting == "x0":
+                g = vsd_gradient_x0(f, *(schedule.convert(eps, x_t, p.t, "epsilon", "sample")
+                                         for eps in (eps_teacher, eps_lora_teacher)))
         losses = dict(L_vsd=vsd_loss(f, g)) | image_losses(f, p.y, iteration, config, models)  # 3.
         if pairs:
             losses["L_pairs"] = pair_loss(p, config, student, models.loaded)

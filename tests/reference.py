@@ -276,6 +276,9 @@ def swiftbrush(iteration, prompts, config, draws, m):
     psi_c, psi_0 = m.lora_teacher.eps(x_t, t, cond), m.lora_teacher.eps(x_t, t, null)
     eps_phi, eps_psi = phi_0 + w * (phi_c - phi_0), psi_0 + w_lora * (psi_c - psi_0)
     g = col(sigma[t])**2 * (eps_phi - eps_psi)  # Eq. 4 with w(t) = sigma_t^2
+    if config.weighting == "x0":
+        Y_phi, Y_psi = ((x_t - col(sigma[t]) * e) / col(alpha[t]) for e in (eps_phi, eps_psi))
+        g = dmd2_direction(f, Y_phi, Y_psi)
     losses = dict(L_vsd=((f - (f - g).detach())**2).mean() / 2)
     if m.stage == "b":
         fading = 1 - iteration / config.iterations_b if config.clip_decay else 1
@@ -341,10 +344,21 @@ def diff_instruct(iteration, prompts, config, draws, m):
         norm = norm.detach() if config.detach_normaliser else norm
         slope = 2 * y if config.distance == "l2" else y / norm
         L_divergence = -(slope * (eps_psi - eps)).sum((1, 2, 3)).mean()  # Eq. 3.4
+    if config.weighting == "x0":  # of x0 predictions, over SiD's normaliser
+        Y_ref, Y_psi, Y_0 = ((x_t - col(sigma[t]) * e) / col(alpha[t]) for e in (eps_ref, eps_psi, eps_0))
+        normaliser = (f - Y_ref).abs().mean((1, 2, 3)).detach()
+        products = dict(kl=(Y_psi - Y_ref).detach() * x_t / col(alpha[t]),
+                        l2=-2 * (Y_psi - Y_ref) * (Y_psi - f),
+                        huber=slope * (Y_psi - f) if config.divergence == "score" else 0 * f)
+        product = products[config.divergence if config.divergence == "kl" else config.distance]
+        L_divergence = (product.sum((1, 2, 3)) / normaliser).mean()
     losses = dict(L_divergence=L_divergence)
     if config.cfg_choice == 1:
         # Eq. 3.6, its sign turned
         losses["L_cfg"] = config.alpha_cfg * ((eps_c - eps_0).detach() * x_t).sum((1, 2, 3)).mean()
+        if config.weighting == "x0":
+            product = (Y_ref - Y_0).detach() * x_t / col(alpha[t])
+            losses["L_cfg"] = -config.alpha_cfg * (product.sum((1, 2, 3)) / normaliser).mean()
     reward, probe = (cosine(m.scorers[name], decode(m, f), prompts) for name in ("reward", "probe"))
     alpha_rew = config.alpha_rew if iteration >= config.assistant_warmup + config.warmup else 0
     scalars = losses | dict(reward=reward.mean(), probe=probe.mean())

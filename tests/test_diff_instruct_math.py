@@ -180,10 +180,11 @@ def test_the_guided_reference_and_the_plain_assistant(choice, guided):
         return Denoiser(net, NoiseSchedule.from_config({}), "epsilon")
 
     models = SimpleNamespace(reference=denoiser(lambda eps: eps), assistant=denoiser(lambda eps: 10 * eps**2))
-    x_t = torch.ones(3, 1, 2, 2)
-    p = SimpleNamespace(t=torch.tensor([20, 500, 980]), eps=0 * x_t, cond=dict(eps=2.0), null=dict(eps=1.0))
+    t = torch.tensor([20, 500, 980])
+    f = torch.ones(3, 1, 2, 2) / models.reference.schedule.alpha[t].view(-1, 1, 1, 1)  # x_t = 1
+    p = SimpleNamespace(t=t, eps=0 * f, cond=dict(eps=2.0), null=dict(eps=1.0))
     config = di.Config(divergence="kl", alpha_cfg=7.5, cfg_choice=choice)
-    losses = di.divergence_losses(x_t, p, config, models)
+    losses = di.divergence_losses(f, p, config, models)
     assert losses.pop("L_divergence").item() == pytest.approx(4 * (guided - 40.0))
     assert {name: loss.item() for name, loss in losses.items()} == ({"L_cfg": 4 * 7.5} if choice == 1 else {})
 

@@ -87,8 +87,7 @@ def plain_step(config, run, models):
                       eps=draw.randn(*codec.shape), cond=codec.cond(CAPTIONS), null=models.null)
     models.assistant.net.requires_grad_(False)
     f = one_step(models.student, part.z, part.cond)
-    x_t = models.reference.schedule.add_noise(f, part.eps, part.t)
-    losses = di.divergence_losses(x_t, part, config, models)
+    losses = di.divergence_losses(f, part, config, models)
     rewards = di.rewards_of(f, CAPTIONS, models.decode, models.scorers)
     (sum(losses.values()) + di.reward_loss(rewards["reward"], config.alpha_rew)).backward()
 

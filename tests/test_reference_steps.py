@@ -432,7 +432,7 @@ def test_yoso_adapt(prediction, clip_norm):
 
 BRUSH = dict(
     batch_size=4, lr=2e-4, lr_b=1.1e-3, lr_lora_teacher=1.7e-3, weight_decay=0.7, clip_norm=0.5, ema=0.87,
-    ema_ramp=False, guidance=(2.7,), null_share=0.5, t_min=31, t_max=877,
+    ema_ramp=False, lora_init="gaussian", guidance=(2.7,), null_share=0.5, t_min=31, t_max=877,
     lora_targets=("to_q", "to_v", "conv1"), rank=3, alpha=5, rank_b=2, alpha_b=7, tau=0.1, clip_weight=0.9,
     reward_tau=0.05, reward_weight=1.3, regularise_every=2, regularise_weight=0.41, regularise_num=5)
 
@@ -442,7 +442,9 @@ BRUSH = dict(
     ("a", dict(clip_norm=0.1, regularise="pairs", guide_lora_teacher=False)),
     ("b", dict()), ("b", dict(guidance=(0.6, 4.1), regularise="pairs", clip_decay=False)),
     ("b", dict(own=True, guide_lora_teacher=False)), ("b", RISING),
-    ("a", dict(clip_norm=0.1, score_updates=3)), ("b", dict(score_updates=2))], ids=str)
+    ("a", dict(clip_norm=0.1, score_updates=3)), ("b", dict(score_updates=2)),
+    ("a", dict(clip_norm=0.1, weighting="x0")),
+    ("b", dict(own=True, weighting="x0", clip_norm=0.7))], ids=str)
 def test_swiftbrush(stage, settings):
     settings, reals = BRUSH | settings, []
     prediction, own = settings.pop("prediction", "epsilon"), settings.pop("own", False)
@@ -476,8 +478,8 @@ def test_swiftbrush(stage, settings):
 
 STAR = dict(
     batch_size=4, lr=2e-4, lr_assistant=1.1e-3, beta1=0.3, clip_norm=14.0, ema=0.87, ema_ramp=False,
-    huber_c=0.7, alpha_rew=23.0, alpha_cfg=1.6, t_min=31, t_max=877, warmup=1, assistant_warmup=0,
-    lora_targets=("to_q", "to_v", "conv1"), rank=3, alpha=5)
+    lora_init="gaussian", huber_c=0.7, alpha_rew=23.0, alpha_cfg=1.6, t_min=31, t_max=877, warmup=1,
+    assistant_warmup=0, lora_targets=("to_q", "to_v", "conv1"), rank=3, alpha=5)
 
 
 @pytest.mark.parametrize("settings", [
@@ -487,7 +489,9 @@ STAR = dict(
     dict(divergence="kl", score_updates=3, clip_norm=0.8), RISING | dict(assistant_warmup=1),
     dict(assistant="lora", assistant_warmup=1, score_updates=2, own=True, prediction="v_prediction",
          clip_norm=0.2),
-    dict(cfg_choice=1, alpha_cfg=0.9, detach_normaliser=True, assistant="lora", clip_norm=34.0)], ids=str)
+    dict(cfg_choice=1, alpha_cfg=0.9, detach_normaliser=True, assistant="lora", clip_norm=34.0),
+    dict(weighting="x0", clip_norm=15.0), dict(weighting="x0", distance="l2", cfg_choice=1, clip_norm=300.0),
+    dict(weighting="x0", divergence="kl", cfg_choice=1, clip_norm=900.0)], ids=str)
 def test_diff_instruct(settings):
     settings, reals = STAR | settings, []
     prediction, own = settings.pop("prediction", "epsilon"), settings.pop("own", False)
@@ -557,13 +561,20 @@ def noised(kappa=1.0):
     x_t = alpha_t.view(-1, 1, 1, 1) * f + sigma_t.view(-1, 1, 1, 1) * eps
     eps_ref, eps_psi = null(x_t) + kappa * (c(x_t) - null(x_t)), psi(x_t)
     Y = [(x_t - sigma_t.view(-1, 1, 1, 1) * e) / alpha_t.view(-1, 1, 1, 1) for e in (eps_ref, eps_psi)]
-    return SimpleNamespace(f=f, eps=eps, x_t=x_t, eps_ref=eps_ref, eps_psi=eps_psi, Y_ref=Y[0], Y_psi=Y[1],
-                           alpha_t=alpha_t, sigma_t=sigma_t)
+    return SimpleNamespace(f=f, t=t, eps=eps, x_t=x_t, eps_ref=eps_ref, eps_psi=eps_psi, Y_ref=Y[0],
+                           Y_psi=Y[1], alpha_t=alpha_t, sigma_t=sigma_t)
 
 
 def gradient(loss, v):
     """d loss / d f."""
     return torch.autograd.grad(loss, v.f, retain_graph=True)[0]
+
+
+def weights(v, **settings):
+    """Diff-Instruct*'s weights of --weighting x0."""
+    schedule = NoiseSchedule.from_config(tiny.SD_BETAS)
+    config = di.Config(weighting="x0", **settings)
+    return di.divergence_weights(config, schedule, v.f, v.x_t, v.t, v.eps_ref)
 
 
 def assert_factor(ours, theirs, factor):
@@ -594,7 +605,11 @@ def test_beside_dmd2():
     g = sb.vsd_gradient(v.eps_ref, v.eps_psi, v.sigma_t.view(-1, 1, 1, 1))
     assert_factor(g, reference.dmd2_direction(v.f, v.Y_ref, v.Y_psi, normalise=False), v.alpha_t * v.sigma_t)
     distance = (v.f - v.Y_ref).abs().mean((1, 2, 3))
-    assert_factor(g, reference.dmd2_direction(v.f, v.Y_ref, v.Y_psi), v.alpha_t * v.sigma_t * distance)
+    theirs = reference.dmd2_direction(v.f, v.Y_ref, v.Y_psi)
+    assert_factor(g, theirs, v.alpha_t * v.sigma_t * distance)
+    assert_factor(sb.vsd_gradient_x0(v.f, v.Y_ref, v.Y_psi), theirs, torch.ones(4))
+    ours = gradient(4 * di.kl_loss(v.x_t, v.eps_psi, v.eps_ref, weights(v)[1]), v)
+    assert_factor(ours, theirs, torch.ones(4))
 
 
 @pytest.mark.parametrize("kappa", [1.0, 2.0, 4.5])
@@ -606,6 +621,9 @@ def test_beside_sid(kappa):
     assert_factor(ours, theirs[0], 2 * v.alpha_t**2 / v.sigma_t**2)
     with pytest.raises(AssertionError):
         assert_factor(ours, theirs[1], 2 * v.alpha_t**2 / v.sigma_t**2)
+    weight = weights(v, distance="l2")[0]
+    ours = gradient(4 * di.score_loss(v.eps_psi, v.eps_ref, v.eps, "l2", weight=weight), v)
+    assert_factor(ours, theirs[0], 2 / (v.f - v.Y_ref).abs().mean((1, 2, 3)))
 
 
 def test_beside_diff_instruct():

@@ -108,8 +108,7 @@ def plain_step(config, run, models, prompts):
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)
-        x_t = models.reference.schedule.add_noise(f, p.eps, p.t)
-        losses = di.divergence_losses(x_t, p, config, models)
+        losses = di.divergence_losses(f, p, config, models)
         rewards = di.rewards_of(f, p.y, models.decode, models.scorers)
         if "reward" in rewards:
             losses["L_reward"] = di.reward_loss(rewards["reward"], config.alpha_rew)
