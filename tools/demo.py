@@ -25,7 +25,7 @@ from plumbing.cli import Parser, check_flags, run_command
 from plumbing.files import check_folder
 from plumbing.grids import to_levels
 from plumbing.run import choose_device
-from plumbing.shapes import COLOURS, SHAPES
+from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES
 from swiftbrush_v2 import slerp
 from yoso import Sampler
 
@@ -103,7 +103,7 @@ def import_gradio():
 
 
 def build(teacher, student, caption, steps, guidance, known=""):
-    """The page, a gradio.Blocks; known: what the model can draw. Raises UserError if it cannot draw this."""
+    """The page, a gradio.Blocks; known: said beside the caption. Raises UserError if nothing can be drawn."""
     gr, calls = import_gradio(), steps * (1 if guidance == 1 else 2)
     words = dict(teacher=("Teacher, 1 step", "1 network call"), student=("Student, 1 step", "1 network call"),
                  many=(f"Teacher, {steps} steps", f"{calls} network calls, guidance {guidance:g}"))
@@ -123,11 +123,9 @@ def build(teacher, student, caption, steps, guidance, known=""):
 
     figures(ALL, caption, 0, 0, 1)  # the first calls of a network take longer
     with gr.Blocks(title="What one step means", analytics_enabled=False) as page:
-        gr.Markdown("# What one step means\nOne caption and one noise, drawn three times. The student has "
-                    f"learned to do in one network call what takes the teacher {calls}. Move the slider: "
-                    "pictures of a single call can follow it.")
-        text = gr.Textbox(caption, label="Caption, then Enter", info=known or None,
-                          visible=teacher.codec.guided)
+        gr.Markdown("# What one step means\nOne caption and one noise, drawn three times. The student does "
+                    f"in one network call what takes the teacher {calls}, and so it can follow the slider.")
+        text = gr.Textbox(caption, label=f"Caption, then Enter{known}", visible=teacher.codec.guided)
         with gr.Row():
             seed_a = gr.Number(0, label="Seed of noise A", precision=0, minimum=0, min_width=100)
             u = gr.Slider(0, 1, 0, step=0.01, label="From noise A (0) to noise B (1)", scale=6)
@@ -176,9 +174,9 @@ def main(argv):
     if student.codec.shape != codec.shape:
         raise UserError(f"--student {args.student}: draws from other noise ({student.codec.shape}) than "
                         f"--teacher {args.teacher} ({codec.shape}); give a student of this teacher")
-    known = f"a small or large {', '.join(COLOURS)} {', '.join(SHAPES)} on white, gray, black"
-    page = build(teacher, student, codec.classes[0] if codec.classes else "a large red circle on white",
-                 args.steps, args.guidance, known if Path(args.teacher).name == "mini-sd" else "")
+    known = *map(" / ".join, (SIZES, COLOURS, SHAPES)), f"on {' / '.join(BACKGROUNDS)}"
+    page = build(teacher, student, codec.classes[0] if codec.classes else "a small blue triangle on white",
+                 args.steps, args.guidance, f" ({', '.join(known)})" * (Path(args.teacher).name == "mini-sd"))
     try:
         page.launch(server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False, css=CSS,
                     js=KEYS, footer_links=[], quiet=True, prevent_thread_lock=True)
