@@ -102,7 +102,7 @@ def test_demo_names_what_is_wrong(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_answers(mini, monkeypatch, capsys):
-    """All panels, the two that follow the slider, a seed that is missing, and a port that is taken."""
+    """All panels, the two that follow the slider, a seed that is none, and a port that is taken."""
     pytest.importorskip("gradio")
     from gradio_client import Client
     from gradio_client.exceptions import AppError
@@ -120,8 +120,9 @@ def test_the_page_answers(mini, monkeypatch, capsys):
             "Teacher, 1 step", "Student, 1 step", "Teacher, 2 steps"]
         assert "4 network calls" in shown[2]
         assert len(client.predict(CAPTION, 0.5, 0, 1, api_name="/one_call")) == 2
-        with pytest.raises(AppError, match="both seeds"):
-            client.predict(CAPTION, 0.5, None, 1, api_name="/all")
+        for seed in (None, -1):
+            with pytest.raises(AppError, match="both seeds"):
+                client.predict(CAPTION, 0.5, seed, 1, api_name="/all")
         assert page.analytics_enabled is False
         taken = fails(monkeypatch, capsys, demo, "--port", port, "--device", "cpu", "--steps", 1)
         assert f"--port {port}: is taken" in taken

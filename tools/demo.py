@@ -114,8 +114,8 @@ def build(teacher, student, caption, steps, guidance, known=""):
         return [figure(*words[name], *drawn[name]) for name in names]
 
     def answer(names, caption, u, *seeds):
-        if None in seeds:
-            raise gr.Error("Give both seeds.", print_exception=False)
+        if None in seeds or min(seeds) < 0:
+            raise gr.Error("Give both seeds, from 0 on.", print_exception=False)
         try:
             return figures(names, caption, u, *seeds)
         except UserError as error:  # a caption that names no class
@@ -127,9 +127,9 @@ def build(teacher, student, caption, steps, guidance, known=""):
                     f"in one network call what takes the teacher {calls}, and so it can follow the slider.")
         text = gr.Textbox(caption, label=f"Caption, then Enter{known}", visible=teacher.codec.guided)
         with gr.Row():
-            seed_a = gr.Number(0, label="Seed of noise A", precision=0, minimum=0, min_width=100)
+            seed_a = gr.Number(0, label="Seed of noise A", precision=0, min_width=100)
             u = gr.Slider(0, 1, 0, step=0.01, label="From noise A (0) to noise B (1)", scale=6)
-            seed_b = gr.Number(1, label="Seed of noise B", precision=0, minimum=0, min_width=100)
+            seed_b = gr.Number(1, label="Seed of noise B", precision=0, min_width=100)
         with gr.Row():
             shown = [gr.HTML(html, elem_id=name, min_width=160)
                      for name, html in zip(ALL, figures(ALL, caption, 0, 0, 1))]
