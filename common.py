@@ -4,8 +4,8 @@ One convention everywhere: x_t = alpha_t x0 + sigma_t eps, alpha_t = sqrt(alphas
 sigma_t^2 = 1. x0 is a picture in [-1, 1] or a latent, [B, C, H, W]; t is an integer tensor [B]; coefficients
 come as [B, 1, 1, 1].
 
-Sections: noise schedule, denoiser, precision, sampling, half-UNet, EMA, distances, conditions, pretrained
-models, LoRA, scorers.
+Sections: noise schedule, denoiser, precision, sampling, half-UNet, learning rates, EMA, distances,
+conditions, pretrained models, LoRA, scorers.
 """
 
 import copy
@@ -24,6 +24,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import Conv2d as LoraConv2d
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -152,12 +154,12 @@ class Denoiser:
             # prediction.
             return self.net(x_t, timestep=t, **(cond or {})).sample[:, :x_t.shape[1]].float()
 
-    def with_lora(self, name, rank, alpha, targets=None):
+    def with_lora(self, name, rank, alpha, targets=None, init="default"):
         """A Denoiser of the same net with a new LoRA on, which is trainable and starts as no change.
 
-        This Denoiser goes on running on the bare weights, which are frozen from here on.
+        This Denoiser goes on running on the bare weights, which are frozen from here on. init: see add_lora.
         """
-        add_lora(self.net, name, rank, alpha, targets or LORA_TARGETS)
+        add_lora(self.net, name, rank, alpha, targets or LORA_TARGETS, init)
         return Denoiser(self.net, self.schedule, self.prediction_type, name)
 
     def trainable(self):
@@ -348,20 +350,43 @@ class HalfUNet(torch.nn.Module):
         return self.unet(x_t, timestep=t, **cond).sample
 
 
+# Learning rates
+
+def warmup_share(iteration, lr_warmup):
+    """The share of its learning rate that an optimiser has: (iteration + 1) / lr_warmup, up to 1."""
+    return min(1.0, (iteration + 1) / lr_warmup) if lr_warmup else 1.0
+
+
+def set_rates(share, *optimizers):
+    """Gives every optimiser this share of the learning rate that it was made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * optimizer.defaults["lr"]
+
+
 # EMA
 
 class EMA:
-    """Exponential moving average, in float32, of the trainable ones among (name, parameter) pairs."""
+    """Exponential moving average, in float32, of the trainable ones among (name, parameter) pairs.
 
-    def __init__(self, parameters, decay):
-        self.decay, self.parameters = decay, {name: p for name, p in parameters if p.requires_grad}
+    ramp: let the decay rise to its value, as diffusers' EMAModel does. At a constant 0.9999, 37 % of the
+    average would still be the weights of the start after 10,000 updates.
+    """
+
+    def __init__(self, parameters, decay, ramp=False):
+        self.decay, self.ramp = decay, ramp
+        self.parameters = {name: p for name, p in parameters if p.requires_grad}
         self.average = {n: p.detach().float().clone() for n, p in self.parameters.items()}
 
+    def decay_of(self, n):
+        """The decay of update n, from 0: with the ramp min(decay, (1 + n) / (10 + n)), of the first 0."""
+        return min(self.decay, (1 + n) / (10 + n) if n else 0.0) if self.ramp else self.decay
+
     @torch.no_grad()
-    def update(self):
-        """average <- decay average + (1 - decay) parameters."""
+    def update(self, n):
+        """Update n, from 0: average <- decay average + (1 - decay) parameters."""
         parameters = [p.float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - self.decay)
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - self.decay_of(n))
 
     @contextmanager
     def applied(self):
@@ -720,12 +745,52 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.n
                 "upsamplers.0.conv")
 
 
-def add_lora(net, name, rank, alpha, targets=LORA_TARGETS):
+class MergingLora:
+    """A LoRA layer of peft that runs on W + scaling B A, summed anew in each call, where that is less work.
+
+    The work of peft's own forward, W x + scaling B (A x), grows with the places of x, that of B A does not.
+    """
+
+    def forward(self, x):
+        """As peft's forward, but for rounding."""
+        names, base = [] if self.disable_adapters else self.active_adapters, self.base_layer
+        if len(names) != 1:
+            return super().forward(x)
+        A, B = (matrices[names[0]].weight.flatten(1) for matrices in (self.lora_A, self.lora_B))
+        # In bf16 the sum would be rounded otherwise than the bare W, and SwiftBrush's gradient, which is the
+        # difference of the two networks, would have an error in its mean that is up to twice as large.
+        if torch.is_autocast_enabled(x.device.type) or not x.dtype == A.dtype == base.weight.dtype:
+            return super().forward(x)
+        (rank, n_in), n_out, places = A.shape, len(B), x.numel() // self.in_features
+        unmerged, merged = places * rank * (n_in + n_out), rank * n_in * n_out
+        if torch.is_grad_enabled() and A.requires_grad:
+            # Backward, either does its products twice more; A's and B's gradients come from that of the sum.
+            unmerged, merged = 3 * unmerged, 3 * merged + places * n_in * n_out
+        if unmerged <= merged:
+            return super().forward(x)
+        weight = torch.addmm(base.weight.flatten(1), B, A, alpha=self.scaling[names[0]]).view_as(base.weight)
+        layer = F.linear if isinstance(base, torch.nn.Linear) else base._conv_forward
+        return layer(x, weight, base.bias)
+
+
+class MergingLinear(MergingLora, LoraLinear):
+    """A linear layer with LoRAs."""
+
+
+class MergingConv2d(MergingLora, LoraConv2d):
+    """A convolution with LoRAs."""
+
+
+def add_lora(net, name, rank, alpha, targets=LORA_TARGETS, init="default"):
     """Adds the LoRA `name` to a network, whose own weights it freezes; returns the LoRA's parameters by name.
 
-    The LoRA starts as no change, and acts inside `use_lora(net, name)` and in a Denoiser with that adapter.
+    The LoRA starts as no change, B = 0, and acts inside `use_lora(net, name)` and in a Denoiser with that
+    adapter. init: of A, whose size is that of the first updates of B A: "default", peft's, has a standard
+    deviation of 1 / sqrt(3 inputs) at any rank, "gaussian" one of 1 / rank.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    init = "gaussian" if init == "gaussian" else True
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=init, target_modules=list(targets))
+    config._register_custom_module({torch.nn.Linear: MergingLinear, torch.nn.Conv2d: MergingConv2d})
     with warnings.catch_warnings():
         # Several adapters on one network are meant.
         warnings.filterwarnings("ignore", "Already found a `peft_config`")

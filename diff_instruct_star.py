@@ -21,7 +21,7 @@ In the first --assistant-warmup iterations only step 1 is taken, in the next --w
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, c)) / alpha_T.
 
 Symbols, paper -> code: g_theta -> student; s_q -> reference, the frozen teacher; s_psi -> assistant;
-alpha_rew, alpha_cfg as they are (alpha_cfg is diffusers' guidance_scale - 1); K_TA -> assistant_steps;
+alpha_rew, alpha_cfg as they are (alpha_cfg is diffusers' guidance_scale - 1); K_TA -> score_updates;
 d -> distance; c of pseudo-Huber -> huber_c.
 
 Differences from the paper as printed. Its Eq. 3.5 and 3.6 push away from the prompt: the sign of the guidance
@@ -47,7 +47,7 @@ import torch
 
 from common import (EMA, LORA_TARGETS, Codec, Denoiser, UserError, check_targets, chunks_of, draw_many_steps,
                     draw_samples, enable_checkpointing, frozen, hold_in_bf16, load, load_decoder,
-                    load_scorer, one_step)
+                    load_scorer, one_step, set_rates, warmup_share)
 from plumbing.cache import cache_conditions
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
                           run_command, sample_flags)
@@ -92,6 +92,8 @@ class Config(RunFlags):
     clip_norm: float = flag(10.0, "gradient norm of student and assistant; DMD2 for SDXL: 10",
                             above=0, infinite=True)
     ema: float = flag(0.999, "decay of the student's average, which draws the samples", least=0, below=1)
+    ema_ramp: bool = flag(True, "let that decay rise, (1 + n) / (10 + n) at update n up to its value; "
+                          "on in diffusers' EMAModel")
 
     divergence: str = flag("score", "score (Diff-Instruct*; with reward 0: SIM) or kl (Diff-Instruct++; "
                            "with reward 0: Diff-Instruct)", choices=("score", "kl"))
@@ -117,8 +119,8 @@ class Config(RunFlags):
 
     assistant: str = flag("full", "full: a copy of the reference's weights; lora: an adapter on them",
                           choices=("full", "lora"))
-    assistant_steps: int = flag(1, "K_TA, updates of the assistant an iteration; Diff-Instruct and SiD: 1, "
-                                "DMD2 for SDXL: 5", least=1)
+    score_updates: int = flag(1, "K_TA, updates of the assistant an iteration; Diff-Instruct and SiD: 1, "
+                              "DMD2 for SDXL: 5", least=1)
     assistant_warmup: int = flag(0, "iterations at the start in which only the assistant learns", least=0)
     warmup: int = flag(1000, "after that, iterations without reward; 0 if the student starts from a one-step "
                        "model, of --student or of SwiftBrush v2's run", least=0)
@@ -142,10 +144,11 @@ PRESETS = {
     # What lets GPUs of 80 GB train the published model; docs/scaling.md has the memory.
     "sdxl": dict(precision="bf16", gradient_checkpointing=True, micro_batch=4, shard=True),
     "shapes": dict(
-        iterations=200, batch_size=32, lr=1e-4, lr_assistant=5e-4, ema=0.98, save_every=100, sample_every=100,
-        alpha_rew=10.0, assistant_warmup=50, warmup=300, prediction="v_prediction", convert_lr=5e-4,
-        convert_clamp=3.0, decoder="assets/mini-taesd", reward="assets/mini-pickscore",
-        probe="assets/mini-judge", teacher_guidance=2.0),
+        iterations=200, batch_size=32, lr=1e-4, lr_assistant=5e-4, ema=0.98, ema_ramp=False,
+        lora_init="gaussian", save_every=100, sample_every=100, alpha_rew=10.0, assistant_warmup=50,
+        warmup=300, prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0,
+        decoder="assets/mini-taesd", reward="assets/mini-pickscore", probe="assets/mini-judge",
+        teacher_guidance=2.0),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", iterations=20_000, batch_size=128, lr=1e-5, lr_assistant=1e-5,
         alpha_rew=0.0, alpha_cfg=0.0, reward="", probe="", decoder="", warmup=0, prediction="v_prediction",
@@ -289,7 +292,8 @@ def build(config, run, loaded=None):
         hold_in_bf16(reference.net)
     shard(config, reference.net)
     if config.assistant == "lora":
-        assistant = reference.with_lora("assistant", config.rank, config.alpha, config.lora_targets)
+        assistant = reference.with_lora("assistant", config.rank, config.alpha, config.lora_targets,
+                                        config.lora_init)
     for network in {student.net, reference.net, assistant.net}:
         if config.gradient_checkpointing:
             enable_checkpointing(network)
@@ -300,8 +304,8 @@ def build(config, run, loaded=None):
         torch.optim.AdamW(denoiser.trainable().values(), lr, betas, weight_decay=0.0, fused=True)
         for denoiser, lr in ((student, config.lr), (assistant, config.lr_assistant)))
     null = codec.null(run.rows.stop - run.rows.start)
-    return Models(reference, assistant, student, codec, loaded.decode, loaded.scorers, null,
-                  optimizer, optimizer_assistant, EMA(student.trainable().items(), config.ema))
+    return Models(reference, assistant, student, codec, loaded.decode, loaded.scorers, null, optimizer,
+                  optimizer_assistant, EMA(student.trainable().items(), config.ema, config.ema_ramp))
 
 
 # Updates
@@ -355,7 +359,7 @@ def train_step(iteration, prompts, config, run, models):
 
     Returns the scalars to log.
     """
-    student, assistant, codec, K = models.student, models.assistant, models.codec, config.assistant_steps
+    student, assistant, codec, K = models.student, models.assistant, models.codec, config.score_updates
     schedule = models.reference.schedule
     with run.autocast():
         cond = codec.cond(prompts)
@@ -396,7 +400,7 @@ def train_step(iteration, prompts, config, run, models):
                       eps=draw.randn(*codec.shape), cond=cond, null=models.null, y=prompts)
     with frozen(assistant.net):  # the gradient goes through assistant and reference to x_t, to no weight
         scalars |= run.descend(models.optimizer, parts, loss_student, config.clip_norm)
-    models.ema.update()
+    models.ema.update(iteration - config.assistant_warmup)
     return scalars
 
 
@@ -524,6 +528,7 @@ def train(config):
                 with models.ema.applied():
                     remember_before(run, before, models, prompts)
             run.wait()
+        set_rates(warmup_share(iteration, config.lr_warmup), models.optimizer, models.optimizer_assistant)
         losses = train_step(iteration, y, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break

@@ -14,14 +14,15 @@ One iteration of a student; the same numbers stand in train_step:
      (the second not with --no-guide-lora-teacher), no gradient
   3. student: gradient g / numel(f) at f, then through f; B adds
      weight(i) mean(max(0, tau - cos(CLIP(decode(f)), CLIP(y)))), whose weight falls to 0
-  4. LoRA teacher: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f from before the student's
-     update, fresh eps', fresh t' of all timesteps, a tenth of the captions emptied
+  4. LoRA teacher, K times: |eps_lora_teacher(x_t', t', y) - eps'|^2 on the detached f from before the
+     student's update, fresh eps', fresh t' of all timesteps, a tenth of the captions emptied
   5. EMA of the student
 Then theta_merged = lambda theta_A + (1 - lambda) theta_B, with B's LoRA folded into its weights.
 Sampling: one network call, f = (z - sigma_T eps_theta(z, T, y)) / alpha_T.
 
 Symbols, paper -> code: f_theta -> student; epsilon_phi -> teacher; epsilon_psi -> lora_teacher, the same
-frozen network with an adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda.
+frozen network with an adapter on; w(t) -> sigma_t^2; gamma -> guidance - 1; lambda -> merge_lambda;
+K, which is 1 in the paper -> score_updates.
 
 Differences from the paper as printed. The LoRA teacher's loss is E|eps_psi - eps|^2, not |E[.]|^2. alpha_T
 comes from the scheduler: (alpha_T, sigma_T) = (0, 1) would divide by zero. A gradient that is not finite
@@ -46,7 +47,7 @@ import torch.nn.functional as F
 from common import (EMA, LOAD_ERRORS, LORA_TARGETS, Codec, Denoiser, Draws, NoiseSchedule, UserError,
                     check_targets, check_weights, chunk_for, ddim_sample, draw_many_steps, draw_samples,
                     enable_checkpointing, hold_in_bf16, load, load_decoder, load_distance, load_scorer,
-                    map_cond, one_line, one_step, remove_lora)
+                    map_cond, one_line, one_step, remove_lora, set_rates, warmup_share)
 from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
 from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
@@ -92,6 +93,8 @@ class Config(RunFlags):
                             above=0, infinite=True)
     ema: float = flag(0.9999, "decay of the student's average, which draws the samples; on in SwiftBrush v1",
                       least=0, below=1)
+    ema_ramp: bool = flag(True, "let that decay rise, (1 + n) / (10 + n) at update n up to its value; "
+                          "diffusers' EMAModel, of SwiftBrush v1")
 
     guidance: tuple = flag((4.5,), "of both teachers; two values: drawn uniformly for each sample "
                            "(SNOOPI: 0.5 4); paper: 4.5", least=0)
@@ -99,6 +102,8 @@ class Config(RunFlags):
                                     "off: the teacher alone, which sharpens")
     null_share: float = flag(0.1, "share of the LoRA teacher's captions that are emptied, so that it "
                              "can be guided; SwiftBrush v1: 0.1", least=0, below=1)
+    score_updates: int = flag(1, "updates of the LoRA teacher an iteration, Diff-Instruct*'s K_TA; "
+                              "SwiftBrush v1: 1, DMD2 for SDXL: 5", least=1)
     t_min: int = flag(20, "lowest timestep of the distillation; SwiftBrush v1: 20", least=0)
     t_max: int = flag(980, "highest; SwiftBrush v1: 980", least=0)
     lora_targets: tuple = flag(("to_q", "to_v"), "layers of the LoRA teacher, by the ends of their names; "
@@ -146,10 +151,10 @@ PRESETS = {
     "sd21": dict(precision="bf16", gradient_checkpointing=True, micro_batch=8),
     "shapes": dict(
         iterations=400, iterations_b=400, batch_size=32, lr=1e-4, lr_b=5e-4, lr_lora_teacher=1e-3, ema=0.99,
-        save_every=100, sample_every=200, guidance=(2.0,), prediction="v_prediction", convert_lr=5e-4,
-        convert_clamp=3.0, rank_b=64, alpha_b=128, clip="assets/mini-clip", decoder="assets/mini-taesd",
-        tau=0.98, clip_weight=1.0, distance="l2", regularise_num=2000, teacher_guidance=2.0,
-        lora_targets=LORA_TARGETS),
+        ema_ramp=False, lora_init="gaussian", save_every=100, sample_every=200, guidance=(2.0,),
+        prediction="v_prediction", convert_lr=5e-4, convert_clamp=3.0, rank_b=64, alpha_b=128,
+        clip="assets/mini-clip", decoder="assets/mini-taesd", tau=0.98, clip_weight=1.0, distance="l2",
+        regularise_num=2000, teacher_guidance=2.0, lora_targets=LORA_TARGETS),
     "cifar10": dict(
         model="google/ddpm-cifar10-32", stage="a", guidance=(1.0,), iterations=20_000, batch_size=128,
         lr=1e-5, clip_weight=0.0, decoder="", distance="l2", teacher_guidance=1.0, prediction="v_prediction",
@@ -288,8 +293,10 @@ def build(config, run, stage, loaded=None):
         shard(config, net)
         student, lr = Denoiser(net, start.schedule, start.prediction_type), config.lr
     else:
-        student, lr = start.with_lora("student", config.rank_b, config.alpha_b), config.lr_b
-    lora_teacher = teacher.with_lora("lora_teacher", config.rank, config.alpha, config.lora_targets)
+        student = start.with_lora("student", config.rank_b, config.alpha_b, init=config.lora_init)
+        lr = config.lr_b
+    lora_teacher = teacher.with_lora("lora_teacher", config.rank, config.alpha, config.lora_targets,
+                                     config.lora_init)
     if config.gradient_checkpointing:
         for net in {student.net, teacher.net}:
             enable_checkpointing(net)
@@ -301,7 +308,7 @@ def build(config, run, stage, loaded=None):
                                       (lora_teacher, config.lr_lora_teacher, 0.0)))
     return Models(loaded, teacher, lora_teacher, student, loaded.scorers if stage == "b" else {},
                   loaded.codec.null(run.rows.stop - run.rows.start), optimizer, optimizer_lora,
-                  EMA(student.trainable().items(), config.ema))
+                  EMA(student.trainable().items(), config.ema, config.ema_ramp))
 
 
 # Updates
@@ -369,10 +376,7 @@ def train_step(iteration, prompts, config, run, models):
     parts = run.split(
         y=prompts, cond=cond, null=null, z=draw.randn(*codec.shape),
         t=draw.randint(config.t_min, config.t_max + 1), eps=draw.randn(*codec.shape),
-        guidance=guidance_of(config, draw),
-        # For the LoRA teacher, which learns at all timesteps and also the empty condition.
-        t_lora=fresh.randint(0, len(schedule)), eps_lora=fresh.randn(*codec.shape),
-        cond_lora=emptied(cond, null, fresh.rand() < config.null_share) if codec.has_null else cond, **pairs)
+        guidance=guidance_of(config, draw), **pairs)
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)  # 1.
@@ -389,13 +393,18 @@ def train_step(iteration, prompts, config, run, models):
         return sum(losses.values()), losses
 
     def loss_lora_teacher(p):  # 4. On the pictures that loss_student left, from before the student's update.
-        x_t = schedule.add_noise(p.f, p.eps_lora, p.t_lora)
-        loss = lora_teacher_loss(lora_teacher.predict(x_t, p.t_lora, "epsilon", p.cond_lora), p.eps_lora)
+        x_t = schedule.add_noise(p.f, p.eps, p.t)
+        loss = lora_teacher_loss(lora_teacher.predict(x_t, p.t, "epsilon", p.cond), p.eps)
         return loss, dict(L_lora_teacher=loss)
 
     scalars = run.descend(models.optimizer, parts, loss_student, config.clip_norm)
-    scalars |= run.descend(models.optimizer_lora, parts, loss_lora_teacher, config.clip_norm)
-    models.ema.update()  # 5.
+    f = torch.cat([p.f for p in parts])
+    for _ in range(config.score_updates):  # at all timesteps, and also of the empty condition
+        parts = run.split(
+            f=f, t=fresh.randint(0, len(schedule)), eps=fresh.randn(*codec.shape),
+            cond=emptied(cond, null, fresh.rand() < config.null_share) if codec.has_null else cond)
+        scalars |= run.descend(models.optimizer_lora, parts, loss_lora_teacher, config.clip_norm)
+    models.ema.update(iteration)  # 5.
     return scalars
 
 
@@ -515,6 +524,7 @@ def train_student(stage, config, loaded, prompts):
             return draw_samples(models.student, loaded.codec, shown, 0)
 
     for iteration, y in enumerate(run.prompts(prompts), run.start):
+        set_rates(warmup_share(iteration, config.lr_warmup), models.optimizer, models.optimizer_lora)
         losses = train_step(iteration, y, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break

@@ -71,12 +71,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (EMA, Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule, UserError,
                     chunk_for, draw_many_steps, enable_checkpointing, frozen, hold_in_bf16, load,
-                    load_distance, map_cond, squared_distance)
+                    load_distance, map_cond, set_rates, squared_distance, warmup_share)
 from plumbing.cache import cache_conditions, cache_latents
 from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import (Parser, RunFlags, bound_flags, check_flags, check_sample_flags, check_writable,
                           flag, parse_config, read_config, run_command, sample_flags)
-from plumbing.data import (generate_folder, load_dataset, load_prompts, prompts_of, sample_order,
+from plumbing.data import (FreshData, generate_folder, load_dataset, load_prompts, prompts_of, sample_order,
                            to_floats)
 from plumbing.files import check_folder, digest, open_tensors, write_folder, write_tensors, write_text
 from plumbing.grids import save_grid, save_samples
@@ -103,9 +103,9 @@ class Config(RunFlags):
     image_size: int = flag(32, "from scratch: pixels; pictures are resized, centre-cropped", "data", least=1,
                            most=4096)
     flip: bool = flag(True, "mirror the pictures at random, as DDGAN does", "data")
-    prompts: str = flag("", "with --generate: file of prompts; empty: the captions of --dataset", "data")
-    generate: int = flag(0, "train on this many pictures of --generator, put into OUT/data", "data", least=0,
-                         most=10**7)
+    prompts: str = flag("", "with --generator: file of prompts; empty: the captions of --dataset", "data")
+    generate: int = flag(0, "train on this many pictures of --generator, put into OUT/data; 0: on latents it "
+                         "draws anew every step, as in the authors' script", "data", least=0, most=10**7)
     generator: str = flag("", "pipeline of few steps, directory or hub id; "
                           "YOSO-LoRA: stabilityai/sdxl-turbo", "data")
     generator_lora: str = flag("", "LoRA weights merged into --generator; "
@@ -124,6 +124,8 @@ class Config(RunFlags):
                             "D is not clipped; the authors' fine-tuning script: 1", above=0, infinite=True)
     ema: float = flag(0.9999, "decay of the generator's average, which draws the samples; "
                       "paper: 0.9999, LoRA 0.999", least=0, below=1)
+    ema_ramp: bool = flag(True, "let that decay rise, (1 + n) / (10 + n) at update n up to its value; "
+                          "on in diffusers' EMAModel")
     rank: int = flag(0, "fine-tune a LoRA of this rank instead of all weights; paper: 64", least=0,
                      most=10_000)
     alpha: int = flag(8, "of the LoRA; the authors' script: 8, peft's default", least=1)
@@ -171,10 +173,15 @@ class Config(RunFlags):
                           most=10**6)
     teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5", least=0)
 
+    @property
+    def draws_data(self):
+        """Whether --generator draws the data anew every step, and none are stored."""
+        return bool(self.generator) and not self.generate
+
 
 SMALL = dict(
-    batch_size=32, lr_decay=0.5, rec_distance="l2", con_distance="l2", lambda_rec=20.0, lambda_con=20.0,
-    channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0)
+    batch_size=32, ema_ramp=False, lr_decay=0.5, rec_distance="l2", con_distance="l2", lambda_rec=20.0,
+    lambda_con=20.0, channels=(16, 32, 64, 64), layers=1, attention=False, latent_z=0)
 SCRATCH = {
     "cifar10": dict(dataset="cifar10", precision="bf16", micro_batch=64),
     # Measured here on earlier sizes of the shapes, one seed each: lr_d 1e-3 diverged in four of four runs
@@ -194,8 +201,9 @@ FULL = dict(
     clip_norm=1.0, real_offset=250, con_offset=25, latent_z=0, rec_distance="l2", con_distance="latent",
     lambda_rec=0.5, lambda_con=2.0, con_weight="sqrt", weight_limit=5.0)
 MINI = FULL | dict(
-    model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, save_every=250,
-    adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0, teacher_guidance=2.0)
+    model="assets/mini-sd", dataset="shapes", iterations=2000, batch_size=32, ema=0.998, ema_ramp=False,
+    lora_init="gaussian", save_every=250, adapt_iterations=300, adapt_lr=5e-4, adapt_clamp=3.0,
+    teacher_guidance=2.0)
 # What lets a GPU of 80 GB train the published models; docs/scaling.md has the memory.
 LARGE = FULL | dict(precision="bf16", gradient_checkpointing=True, micro_batch=32)
 FINE_TUNE = {
@@ -518,7 +526,9 @@ def load_networks(config, run):
     discriminator = LatentDiscriminator(other.net, codec.shape[-1]).to(run.device)
     if other is not start:  # `other` is not called again
         (other.net if config.shard else other.net.up_blocks).to("meta")
-    shard(config, start.net, half, discriminator)
+    # The adaptation's teacher stays in float32.
+    shard(replace(config, precision="fp32") if config.adapt else config, start.net)
+    shard(config, half, discriminator)
     return start, codec, discriminator, half, codec_d
 
 
@@ -533,7 +543,8 @@ def build(config, run, networks=None):
     if config.precision == "bf16" and half and next(half.parameters()) is not next(start.net.parameters()):
         hold_in_bf16(half)  # where it does not share the weights below G's LoRA, which are exported
     if config.rank:
-        generator = start.with_lora("student", config.rank, config.alpha)  # freezes all but the LoRA
+        # Freezes all but the LoRA.
+        generator = start.with_lora("student", config.rank, config.alpha, init=config.lora_init)
     else:
         start.net.requires_grad_(True)
         generator = start
@@ -557,7 +568,7 @@ def build(config, run, networks=None):
         for parameters, lr, betas in ((generator.trainable().values(), config.lr, (0.9, 0.999)),
                                       (discriminator.parameters(), config.lr_d, (0.0, 0.999))))
     return Models(generator, discriminator, codec, codec_d, half, distances, optimizer_g, optimizer_d,
-                  EMA(generator.trainable().items(), config.ema))
+                  EMA(generator.trainable().items(), config.ema, config.ema_ramp))
 
 
 # Updates
@@ -639,7 +650,7 @@ def train_step(iteration, pictures, captions, config, run, models):
         scalars = run.descend(models.optimizer_d, parts, loss_D)
     with frozen(D):  # D is updated; its weights get no gradient now, its input does and hands it to `fake`
         scalars |= run.descend(models.optimizer_g, parts, loss_G, config.clip_norm)
-    models.ema.update()  # 6.
+    models.ema.update(iteration)  # 6.
     return scalars
 
 
@@ -771,12 +782,14 @@ def check(config):
         refuse(config.flip and config.cache_latents, "flip", "cannot mirror cached latents; give --no-flip")
         without = config.generate and not config.generator
         refuse(without, "generate", "needs a --generator that draws the pictures")
-        for name in ("generator", "generator_lora", "prompts"):
-            alone = getattr(config, name) and not config.generate
-            refuse(alone, name, "only draws pictures with --generate NUMBER")
-        if not (config.dataset or config.generate and config.prompts):
+        for name in ("generator_lora", "prompts"):
+            refuse(getattr(config, name) and not config.generator, name, "needs a --generator that draws")
+        for name, only in dict(flip=False, workers=0, nfe=1).items():
+            other = config.draws_data and getattr(config, name) != only
+            refuse(other, name, "is for stored pictures; leave it out, or give --generate NUMBER")
+        if not (config.dataset or config.generator and config.prompts):
             raise UserError("--dataset: give a folder of captioned pictures, or have them drawn by "
-                            "--generate, --generator and --prompts")
+                            "--generator and --prompts")
         return
     refuse(config.preset in FINE_TUNE, "preset", "needs --model PIPELINE to fine-tune")
     drawn = ("generate", "generator", "generator_lora", "prompts")
@@ -885,10 +898,11 @@ def adapt(config, teacher, codec, dataset):
     return student
 
 
-def captioned_data(config, codec, codec_d, device):
+def captioned_data(config, run, codec, codec_d):
     """A fine-tuning's (dataset, captions of 64 pictures); generated, cached where the flags say so."""
-    name = generated_data(config, device) if config.generate else config.dataset
-    dataset = load_dataset(name, codec.picture_size, config.seed)
+    name = generated_data(config, run.device) if config.generate else config.dataset
+    dataset = (FreshData(config, run, codec) if config.draws_data else
+               load_dataset(name, codec.picture_size, config.seed))
     captions = [dataset[i]["caption"] for i in sample_order(dataset, config.seed, range(64))]
     if not any(captions):
         raise UserError(f"--dataset {name}: its pictures have no captions; add metadata.jsonl, or a .txt "
@@ -915,7 +929,7 @@ def train(config):
     start, codec, discriminator, half, codec_d = load_networks(config, run)
     prior = original = None
     if config.model:
-        dataset, captions = captioned_data(config, codec, codec_d, run.device)
+        dataset, captions = captioned_data(config, run, codec, codec_d)
         run.make_folder()
         if run.rank == 0 and not config.adapt and not ends_in_noise(start):
             prior = estimate_prior(run, config, codec, dataset)
@@ -940,8 +954,8 @@ def train(config):
 
     for iteration, (pictures, texts) in enumerate(run.batches(dataset), run.start):
         remaining = (1 - iteration / config.iterations) / config.lr_decay if config.lr_decay else 1.0
-        for optimizer, lr in ((models.optimizer_g, config.lr), (models.optimizer_d, config.lr_d)):
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
+        share = min(1.0, remaining) * warmup_share(iteration, config.lr_warmup)
+        set_rates(share, models.optimizer_g, models.optimizer_d)
         losses = train_step(iteration, pictures, texts, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break

@@ -63,6 +63,10 @@ class RunFlags:
                         "missing one and ends", "run", least=1)
     track: str = flag("", "also write the log for this tracker into OUT (pip install tensorboard)", "run",
                       choices=("", "tensorboard"))
+    lr_warmup: int = flag(0, "iterations at the start over which all learning rates rise linearly, 0: none; "
+                          "DMD2: 500", least=0)
+    lora_init: str = flag("default", "start of a LoRA's A: default, peft's and that of the authors' scripts; "
+                          "gaussian, with a standard deviation of 1 / rank", choices=("default", "gaussian"))
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)
     save_every: int = flag(500, "iterations between checkpoints", "run", least=1)
     sample_every: int = flag(500, "iterations between grids in samples/", "run", least=1)
@@ -162,11 +166,8 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
     def parser(defaults, **more):
         # Absent flags stay out of the namespace, so that they can fall back to the preset.
         parser = Parser(description=description, **more)
-        groups = {}
+        groups = {name: parser.add_argument_group(name) for name in ("run", "data", "method")}
         for field in fields:
-            group = field.metadata["group"]
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
             kind = dict(type=field.type)
             if field.type is tuple:
                 kind = dict(type=type(field.default[0]), nargs="+")
@@ -176,8 +177,9 @@ def parse_config(config_class, presets, argv, description, preset_of=None, comma
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             limit = allowed(field.metadata)
             text = f"{field.metadata['help']} [{shown if shown != '' else 'empty'}{limit and f'; {limit}'}]"
-            groups[group].add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                       help=text.replace("%", "%%"), **kind)
+            groups[field.metadata["group"]].add_argument(
+                "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                help=text.replace("%", "%%"), **kind)
         return parser
 
     given = vars(parser({}, add_help=False).parse_known_args(argv)[0])

@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common import UserError, class_labels, one_line
+from common import Draws, InformativePrior, UserError, class_labels, load, one_line, one_step
 from plumbing.files import agreed, beside, claim_folder, states_of, write_text, writing
 from plumbing.shapes import Shapes
 
@@ -383,6 +383,40 @@ def sample_order(dataset, seed, counters):
         return list(counters)
     n = len(dataset)
     return [int(permutation(seed, c // n, n)[c % n]) for c in counters]
+
+
+class FreshData(Dataset):
+    """Latents x0 that --generator draws in one call when a step asks for them; none are stored.
+
+    A sample's prompt and noise depend on its number alone.
+    """
+
+    endless = True
+    state = all_captions = lambda self: self.prompts
+
+    def __init__(self, config, run, codec):
+        self.run, self.root = run, config.prompts or config.dataset
+        self.prior = InformativePrior.read(config.generator, run.device)
+        self.generator, self.codec = load(config.generator, run.device, config.generator_lora)
+        theirs, ours = ((tuple(c.shape), c.vae and c.vae.config.scaling_factor) for c in (self.codec, codec))
+        if theirs != ours:
+            raise UserError(f"--generator {config.generator}: its latents have shape and scale {theirs}, "
+                            f"--model's {ours}; give two of the same VAE, or --generate NUMBER")
+        self.prompts = prompts_of(config, self.codec)
+
+    def __getitem__(self, number):
+        return self.__getitems__([number])[0]
+
+    @torch.no_grad()
+    def __getitems__(self, numbers):  # by which torch's loader asks for a whole batch
+        seed, n = self.run.config.seed, len(self.prompts)
+        y = [self.prompts[permutation(seed, i // n, n)[i % n]] for i in numbers]
+        draws = [Draws(seed, 2**62 + i, 1, slice(None), "cpu") for i in numbers]  # which no iteration is
+        noise = [torch.cat([d.randn(*self.codec.shape) for d in draws]).to(self.run.device) for _ in range(2)]
+        x_T = self.prior.start(self.generator.schedule, *noise) if self.prior else noise[0]
+        with self.run.autocast():
+            x0 = one_step(self.generator, x_T, self.codec.cond(y))
+        return [dict(image=x, caption=caption, skipped=[]) for x, caption in zip(x0, y)]
 
 
 def generate_folder(folder, num, made_by, load_artist):

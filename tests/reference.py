@@ -90,8 +90,11 @@ def descend(loss, parameters, optimizer, clip_norm=float("inf")):
     return norm
 
 
-def update_average(m, student, decay):
-    """average = decay average + (1 - decay) p, after the student's step."""
+def update_average(m, student, config, n):
+    """average = decay average + (1 - decay) p, after the student's step n, from 0."""
+    decay = config.ema
+    if config.ema_ramp:
+        decay = min(decay, (1 + n) / (10 + n)) if n > 0 else 0
     for name, p in zip(m.average, student, strict=True):
         m.average[name] = decay * m.average[name] + (1 - decay) * p.detach()
 
@@ -141,6 +144,13 @@ def perceptual(m, a, b):
     return m.lpips(a, b).flatten()
 
 
+def warm_up(iteration, config, optimizers_and_rates):
+    """The rates rise in equal steps, to their values in iteration lr_warmup - 1."""
+    for optimizer, rate in optimizers_and_rates:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (iteration + 1) / config.lr_warmup if iteration < config.lr_warmup else rate
+
+
 def convert(iteration, prompts, config, draws, m):
     """One step of a student's conversion, onto what its start draws in one step."""
     z, cond, clamp = draws(iteration).randn(*m.shape), condition(m, prompts), config.convert_clamp
@@ -175,8 +185,7 @@ def yoso(iteration, pictures, captions, config, draws, m):
     t_k = (t - max(1, round(config.real_offset * T / 1000))).clamp(min=0)
     t_m = (t - max(1, round(config.con_offset * T / 1000))).clamp(min=0)
     left = min(1, (1 - iteration / config.iterations) / config.lr_decay) if config.lr_decay else 1
-    m.optimizer_g.param_groups[0]["lr"] = left * config.lr
-    m.optimizer_d.param_groups[0]["lr"] = left * config.lr_d
+    warm_up(iteration, config, [(m.optimizer_g, left * config.lr), (m.optimizer_d, left * config.lr_d)])
 
     def predict(level):
         x_level = col(alpha[level]) * x0 + col(sigma[level]) * eps
@@ -206,7 +215,7 @@ def yoso(iteration, pictures, captions, config, draws, m):
     L_con = config.lambda_con * (lambda_con * d[config.con_distance](fake, target)).mean()
     L_adv = softplus(-D(seen_by_D(fake), level, cond_d)).mean()
     grad_G = descend(L_rec + L_con + L_adv, G.parameters, m.optimizer_g, config.clip_norm)
-    update_average(m, G.parameters, config.ema)
+    update_average(m, G.parameters, config, iteration)
     return dict(L_D=L_D, D_real=D_real.mean(), D_fake=D_fake.mean(), L_rec=L_rec, L_con=L_con, L_adv=L_adv,
                 grad_D=grad_D, grad_G=grad_G)
 
@@ -251,6 +260,8 @@ def swiftbrush_optimizers(m, config):
 
 def swiftbrush(iteration, prompts, config, draws, m):
     """One iteration of student A or B, with the image regularisation by pairs."""
+    warm_up(iteration, config, [(m.optimizer, {"a": config.lr, "b": config.lr_b}[m.stage]),
+                                (m.optimizer_lora, config.lr_lora_teacher)])
     draw, alpha, sigma = draws(3 * iteration), m.teacher.alpha, m.teacher.sigma
     cond, null = condition(m, prompts), condition(m, [""] * len(prompts))
     z, t, eps = draw.randn(*m.shape), draw.randint(config.t_min, config.t_max + 1), draw.randn(*m.shape)
@@ -279,12 +290,14 @@ def swiftbrush(iteration, prompts, config, draws, m):
     norm = descend(sum(losses.values()), m.student.parameters, m.optimizer, config.clip_norm)
 
     draw = draws(3 * iteration + 1)
-    t, eps, emptied = draw.randint(0, len(alpha)), draw.randn(*m.shape), draw.rand() < config.null_share
-    texts = torch.where(emptied.view(-1, 1, 1), null["encoder_hidden_states"], cond["encoder_hidden_states"])
-    x_t = (col(alpha[t]) * f + col(sigma[t]) * eps).detach()
-    L_lora_teacher = ((m.lora_teacher.eps(x_t, t, dict(encoder_hidden_states=texts)) - eps)**2).mean()
-    norm_lora = descend(L_lora_teacher, m.lora_teacher.parameters, m.optimizer_lora, config.clip_norm)
-    update_average(m, m.student.parameters, config.ema)
+    for _ in range(config.score_updates):
+        t, eps, emptied = draw.randint(0, len(alpha)), draw.randn(*m.shape), draw.rand() < config.null_share
+        texts = [c["encoder_hidden_states"] for c in (null, cond)]
+        texts = torch.where(emptied.view(-1, 1, 1), *texts)
+        x_t = (col(alpha[t]) * f + col(sigma[t]) * eps).detach()
+        L_lora_teacher = ((m.lora_teacher.eps(x_t, t, dict(encoder_hidden_states=texts)) - eps)**2).mean()
+        norm_lora = descend(L_lora_teacher, m.lora_teacher.parameters, m.optimizer_lora, config.clip_norm)
+    update_average(m, m.student.parameters, config, iteration)
     return losses | dict(L_lora_teacher=L_lora_teacher, grad_student=norm, grad_lora_teacher=norm_lora)
 
 
@@ -299,7 +312,8 @@ def diff_instruct_optimizers(m, config):
 
 def diff_instruct(iteration, prompts, config, draws, m):
     """One iteration: the assistant's updates, then, once its warm-up is over, the student's."""
-    alpha, sigma, K = m.reference.alpha, m.reference.sigma, config.assistant_steps
+    warm_up(iteration, config, [(m.optimizer, config.lr), (m.optimizer_assistant, config.lr_assistant)])
+    alpha, sigma, K = m.reference.alpha, m.reference.sigma, config.score_updates
     cond, null = condition(m, prompts), condition(m, [""] * len(prompts))
     for k in range(K):
         draw = draws((K + 1) * iteration + 1 + k)
@@ -340,7 +354,7 @@ def diff_instruct(iteration, prompts, config, draws, m):
             scalars[f"grad_{name}"] = slope.flatten(1).norm(dim=1).mean()
     L = sum(losses.values()) - alpha_rew * reward.mean()
     norm = descend(L, m.student.parameters, m.optimizer, config.clip_norm)
-    update_average(m, m.student.parameters, config.ema)
+    update_average(m, m.student.parameters, config, iteration - config.assistant_warmup)
     return scalars | of_assistant | dict(grad_student=norm)
 
 

@@ -51,8 +51,8 @@ def make_parts():
     """A part of every kind: a network with buffers, another's weights, an average, two optimisers."""
     net, other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)), torch.nn.Linear(4, 2)
     groups = [dict(params=net.parameters(), lr=0.1), dict(params=other.parameters(), lr=0.2)]
-    parts = dict(net=net, other=Weights(other.named_parameters()), ema=EMA(net.named_parameters(), 0.5),
-                 optimizer=torch.optim.Adam(groups),
+    parts = dict(net=net, other=Weights(other.named_parameters()),
+                 ema=EMA(net.named_parameters(), 0.5, ramp=True), optimizer=torch.optim.Adam(groups),
                  sgd=torch.optim.SGD(other.parameters(), 0.1, momentum=0.9))
     return parts, other
 
@@ -65,7 +65,7 @@ def train(parts, other, steps):
             parts[name].zero_grad()
             other(parts["net"](x)).square().mean().backward()
             parts[name].step()
-        parts["ema"].update()
+        parts["ema"].update(step)
 
 
 def test_every_part_comes_back_and_goes_on_the_same(tmp_path):

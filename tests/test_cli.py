@@ -34,6 +34,7 @@ from plumbing.cli import (
     read_metrics,
 )
 from plumbing.run import start_processes
+from plumbing.students import CONVERTED_BY
 
 SCRIPTS = [yoso, swiftbrush_v2, diff_instruct_star]
 
@@ -129,6 +130,16 @@ def test_every_preset_is_in_range(script):
 
 
 # Presets and --help
+
+@pytest.mark.parametrize("script, small", [
+    (yoso, {"shapes", "small", "mini", "mini-epsilon", "mini-lora"}), (swiftbrush_v2, {"shapes"}),
+    (diff_instruct_star, {"shapes"})], ids=lambda value: getattr(value, "__name__", ""))
+def test_real_models_have_a_ramp_of_the_average(script, small):
+    """The small presets' figures in the docs were measured without."""
+    parsed = {preset: parse_config(script.Config, script.PRESETS, ["--preset", preset], "")
+              for preset in script.PRESETS}
+    assert {preset for preset, config in parsed.items() if not config.ema_ramp} == small < parsed.keys()
+
 
 def test_flags_win_over_the_preset_which_wins_over_the_defaults():
     wide = parse("--preset", "wide", "--rate", 5, "--no-flip")
@@ -258,8 +269,12 @@ def test_what_can_be_written(name, suffix, deep, reason, tmp_path, monkeypatch):
 
 def test_a_continued_run_repeats_the_flags_that_make_its_result():
     own = {"preset", "rate", "limit", "free", "share", "widths", "kind", "flip", "place"}
-    assert bound_flags(Flags) == own | {"seed", "precision", "cache_latents"}
-    assert bound_flags(Flags, but=("rate", "seed")) == own - {"rate"} | {"precision", "cache_latents"}
+    shared = {"precision", "cache_latents", "lr_warmup"}
+    assert bound_flags(Flags) == own | shared | {"seed"}
+    assert bound_flags(Flags, but=("rate", "seed")) == own - {"rate"} | shared
+    # A conversion and an adaptation keep their rates.
+    assert "lr_warmup" not in CONVERTED_BY | yoso.ADAPTED_BY
+    assert all("lr_warmup" in swiftbrush_v2.BOUND[stage] for stage in "ab")
 
 
 # Errors in one line

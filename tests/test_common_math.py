@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.training_utils import EMAModel
 from helpers import PIXART, SD, equal, random_vgg
 
 import common
@@ -175,6 +176,19 @@ def test_the_prior_of_data_with_places():
     assert prior.std.shape == (3, 1, 1) and prior.std.flatten().tolist() == pytest.approx(expected)
 
 
+# Learning rates
+
+def test_rates_rise_linearly_to_what_they_are():
+    """For lr_warmup iterations, also where an optimiser's state comes from another iteration."""
+    assert [common.warmup_share(i, 4) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert common.warmup_share(0, 0) == common.warmup_share(0, 1) == 1.0
+    one, two = (torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr) for lr in (0.4, 3.0))
+    common.set_rates(0.5, one, two)
+    one.load_state_dict(one.state_dict())
+    common.set_rates(0.25, one)
+    assert [o.param_groups[0]["lr"] for o in (one, two)] == [0.1, 1.5]
+
+
 # EMA
 
 def test_ema_is_the_geometric_average():
@@ -183,15 +197,35 @@ def test_ema_is_the_geometric_average():
     values = [1.0, 2.0, -3.0]
     module.weight.data.fill_(values[0])
     ema = EMA(module.named_parameters(), 0.9)
-    for value in values[1:]:
+    for n, value in enumerate(values[1:]):
         module.weight.data.fill_(value)
-        ema.update()
+        ema.update(n)
     expected = 0.81 * 1 + 0.09 * 2 + 0.1 * -3
     assert list(ema.average) == ["weight"], "frozen parameters are not copied"
     assert ema.average["weight"].item() == pytest.approx(expected)
     with ema.applied():
         assert module.weight.item() == pytest.approx(expected)
     assert module.weight.item() == -3
+
+
+def test_the_ramped_average_is_that_of_diffusers():
+    """Update for update, on both sides of the ramp's end, here at n = 80; and none of the start is left."""
+    module = torch.nn.Linear(3, 2)
+    ours, theirs = EMA(module.named_parameters(), 0.9, ramp=True), EMAModel(module.parameters(), 0.9)
+    decays = []
+    for n in range(100):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(torch.randn_like(p))
+        ours.update(n)
+        theirs.step(module.parameters())
+        decays.append(theirs.cur_decay_value)
+        assert ours.decay_of(n) == decays[-1]
+        if n == 0:
+            assert equal(ours.average, dict(module.named_parameters()))
+        for average, expected in zip(ours.average.values(), theirs.shadow_params, strict=True):
+            torch.testing.assert_close(average, expected, atol=1e-6, rtol=1e-6)
+    assert decays[79] < decays[80] == decays[-1] == 0.9
 
 
 def test_weights_and_averages_change_places_one_by_one(monkeypatch):
@@ -225,7 +259,7 @@ def test_weights_and_averages_change_places_one_by_one(monkeypatch):
         copies.clear(), most.clear()
 
 
-@pytest.mark.parametrize("use", [EMA.update, lambda ema: flat_state(dict(ema=ema)),
+@pytest.mark.parametrize("use", [lambda ema: ema.update(0), lambda ema: flat_state(dict(ema=ema)),
                                  lambda ema: ema.load_state_dict({}), lambda ema: ema.applied().__enter__()],
                          ids=["update", "save", "load", "applied"])
 def test_averages_in_place_of_the_weights_are_not_asked_for(use):

@@ -48,8 +48,8 @@ def flags(folder, out, *more):
         "--preset", "shapes", "--model", folder / "sd", "--reward", folder / "clip",
         "--probe", folder / "judge", "--decoder", folder / "tae", "--out", out, "--device", "cpu",
         "--iterations", 2, "--warmup", 1, "--assistant-warmup", 1, "--convert-iterations", 2,
-        "--batch-size", 4, "--rank", 4, "--alpha", 8, "--lr", 0.01, "--lr-assistant", 0.01, "--ema", 0.5,
-        "--log-every", 1, "--sample-every", 4, *more]]
+        "--batch-size", 4, "--rank", 4, "--alpha", 8, "--lr", 0.01, "--lr-assistant", 0.01, "--lr-warmup", 5,
+        "--ema", 0.5, "--ema-ramp", "--log-every", 1, "--sample-every", 4, *more]]
 
 
 pytestmark = pytest.mark.usefixtures("few_pictures")
@@ -311,7 +311,7 @@ def test_help_shows_the_values_of_the_preset_that_the_flags_choose(arguments, pr
     (["--teacher-guidance", "nan"], "--teacher-guidance nan: must be at least 0"),
     (["--divergence", "js"], "--divergence js: must be one of score, kl"),
     (["--cfg-choice", 3], "--cfg-choice 3: must be one of 1, 2"),
-    (["--assistant-steps", 0], "--assistant-steps 0: must be at least 1"),
+    (["--score-updates", 0], "--score-updates 0: must be at least 1"),
     (["--iterations", 0], "--iterations 0: must be at least 1"),
     (["--lr-assistant", 0], "--lr-assistant 0.0: must be above 0"),
     (["--clip-norm", -1], "--clip-norm -1.0: must be above 0"),

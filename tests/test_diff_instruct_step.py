@@ -139,7 +139,7 @@ def test_two_halves_of_a_batch_have_its_mean_gradient(folder, plain):
 
 def test_each_network_is_called_as_often_as_needed(folder):
     """Student and assistant once, the reference with and without prompt; and K_TA = 2 updates before."""
-    config, run, models = cast(folder, "--assistant-steps", 2)
+    config, run, models = cast(folder, "--score-updates", 2)
     calls = dict(student=0, assistant=0, reference=0)
     for name in calls:
         net = getattr(models, name).net

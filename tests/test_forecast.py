@@ -108,13 +108,16 @@ def test_the_forecast_of_shards(line, model, tmp_path):
     (SCRATCH, dict(generator=[2, 1], discriminator=[2, 2]), [4, 5]),
     ("yoso --preset mini-epsilon --batch-size 4",
      dict(generator=[3, 1], discriminator=[2, 2], half=[2, 1]), [5, 5, 3]),
+    ("yoso --preset mini-epsilon --batch-size 4 --generator {model}",
+     dict(generator=[3, 1], discriminator=[2, 2], half=[2, 1], data_generator=[1, 0]), [5, 5, 3, 1]),
     ("swiftbrush_v2 --batch-size 4 --stage a",
      dict(teacher=[5, 1], lora_teacher=[5, 1], student=[1, 1]), [7, 7, 3]),
     ("diff_instruct_star --batch-size 4",
      dict(reference=[2, 2], assistant=[2, 2], student=[2, 1]), [4, 5, 4])])
 def test_the_calls_of_a_step(line, calls, units, model, tmp_path):
     """A forward is one unit, a backward to the input one more, to the weights two more."""
-    run, networks, optimizers, step, iterations = forecast.step_of(*training_of(line, model, tmp_path))
+    training = training_of(line.format(model=model), model, tmp_path)
+    run, networks, optimizers, step, iterations = forecast.step_of(*training)
     if "swiftbrush" in line:
         assert networks["lora_teacher"] is networks["teacher"]
     cost = forecast.cost_of_step(run, networks, optimizers, step, {max(iterations): 1.0})

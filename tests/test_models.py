@@ -1,5 +1,6 @@
 """Pretrained models: every backbone through load(), against diffusers; half UNets, LoRA, scorers."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from helpers import perturb, plain
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import Conv2d, Linear
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2 import functional as TF
@@ -28,6 +30,7 @@ from common import (
     load_decoder,
     load_scorer,
     map_cond,
+    remove_lora,
     use_lora,
 )
 from plumbing.data import load_prompts
@@ -385,6 +388,97 @@ def test_half_unet_gives_the_mid_block_of_the_whole_one(pipes, name, share):
 
 def inputs():
     return torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), dict(encoder_hidden_states=torch.randn(2, 5, 32))
+
+
+LAYERS = {
+    "linear": (Linear, lambda: torch.nn.Linear(6, 8), (4, 16, 6)),
+    "linear without bias": (Linear, lambda: torch.nn.Linear(6, 8, bias=False), (1, 64, 6)),
+    "convolution": (Conv2d, lambda: torch.nn.Conv2d(6, 8, 3, stride=2, padding=1), (4, 6, 8, 8)),
+    "1 x 1": (Conv2d, lambda: torch.nn.Conv2d(6, 8, 1), (4, 6, 4, 4))}
+
+
+def lora_layer(name, dtype=torch.float64):
+    """(peft's class, network, its layer with the LoRAs "student" and "fake", input, calls of their A)."""
+    kind, build, shape = LAYERS[name]
+    net = torch.nn.ModuleDict(dict(to_q=build().to(dtype)))
+    for adapter, rank, alpha in (("student", 8, 4), ("fake", 5, 9)):
+        perturb(add_lora(net, adapter, rank, alpha), 0.5)
+    net.to_q.to(dtype)
+    calls = []
+    for A in net.to_q.lora_A.values():
+        A.register_forward_hook(lambda *_: calls.append(1))
+    return kind, net, net.to_q, torch.randn(shape, dtype=dtype), calls
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_merged_lora_is_pefts(name):
+    """With either of two adapters, on the bare weights, in a copy, and after one was removed."""
+    peft, net, layer, x, calls = lora_layer(name)
+    before, results = copy.deepcopy(net.state_dict()), {}
+    with torch.no_grad():
+        for adapter in ("student", "fake", None):
+            with use_lora(net, adapter):
+                results[adapter] = layer(x)
+                assert not calls
+                torch.testing.assert_close(results[adapter], peft.forward(layer, x), atol=1e-12, rtol=0)
+                calls.clear()
+        assert torch.equal(results[None], layer.base_layer(x))
+        assert all((results[adapter] - results[None]).abs().max() > 0.1 for adapter in ("student", "fake"))
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        other = copy.deepcopy(net)
+        perturb({"B": layer.lora_B["fake"].weight})
+        remove_lora(net, "student")
+        with use_lora(net, "fake"), use_lora(other, "fake"):
+            assert torch.equal(other.to_q(x), results["fake"])
+            torch.testing.assert_close(layer(x), peft.forward(layer, x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_gradients_of_a_merged_lora_are_pefts(name, trained):
+    """Those of the adapter, if it is trained, and of the input; the bare weights and the other get none."""
+    peft, net, layer, x, calls = lora_layer(name)
+    A, B = layer.lora_A["student"].weight, layer.lora_B["student"].weight
+    for p in (A, B):
+        p.requires_grad_(trained)
+    gradients = []
+    with use_lora(net, "student"):
+        for forward in (layer, lambda x: peft.forward(layer, x)):
+            assert not calls
+            net.zero_grad()
+            forward(leaf := x.clone().requires_grad_()).square().sum().backward()
+            gradients.append([p.grad for p in ((leaf, A, B) if trained else (leaf,))])
+            assert all(p.grad is None for p in net.parameters() if p is not A and p is not B)
+    torch.testing.assert_close(*gradients, atol=1e-11, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_lora_is_not_merged_at_few_places_nor_in_bf16(name):
+    """Then it is peft's own, bit for bit."""
+    peft, net, layer, x, calls = lora_layer(name, torch.float32)
+
+    def same(x):
+        calls.clear()
+        y = layer(x)
+        assert calls and torch.equal(y, peft.forward(layer, x))
+        return y
+
+    with torch.no_grad(), use_lora(net, "student"):
+        same(x[:1, :2] if "linear" in name else x[:1, :, :1, :2])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same(x).dtype == torch.bfloat16
+        layer.base_layer.bfloat16()
+        assert same(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("init, deviation", [("default", 1 / (3 * 320)**0.5), ("gaussian", 1 / 32)])
+def test_how_a_lora_starts(init, deviation):
+    """B is 0, and A has the standard deviation that add_lora names."""
+    net = torch.nn.ModuleDict(dict(to_q=torch.nn.Linear(320, 320)))
+    torch.manual_seed(0)
+    weights = common.add_lora(net, "student", 32, 32, ("to_q",), init)
+    A, B = (next(p for name, p in weights.items() if which in name) for which in ("lora_A", "lora_B"))
+    assert A.std().item() == pytest.approx(deviation, rel=0.02) and not B.any()
 
 
 def test_two_adapters_share_one_frozen_network():

@@ -137,6 +137,8 @@ class Pictures(torch.utils.data.Dataset):
 
 
 COMMON = dict(out="unused", device="cpu", iterations=3, seed=4, sample_every=99)
+# The decay is 0, 2 / 11, and not 3 / 12; the rates are the half, and twice the whole.
+RISING = dict(ema_ramp=True, ema=0.2, lr_warmup=2)
 
 
 def real_yoso(networks=None, lpips=None, **settings):
@@ -323,14 +325,14 @@ class TinyLpips(torch.nn.Module):
 
 SCRATCH = dict(
     image_size=8, batch_size=8, channels=(8, 16), channels_d=(8, 16), layers=1, attention=False, latent_z=0,
-    flip=False, lr=2e-3, lr_d=1.3e-3, lr_decay=0.9, ema=0.87, levels=4, rec_distance="l2", con_distance="l2",
-    lambda_rec=1.7, lambda_con=2.9, r1=0.3, r1_every=2)
+    flip=False, lr=2e-3, lr_d=1.3e-3, lr_decay=0.9, ema=0.87, ema_ramp=False, levels=4, rec_distance="l2",
+    con_distance="l2", lambda_rec=1.7, lambda_con=2.9, r1=0.3, r1_every=2)
 
 
 @pytest.mark.parametrize("settings", [
     dict(), dict(adversary="data", flip=True), dict(adversary="ufogen", latent_z=5),
     dict(latent_z=5, flip=True, attention=True, r1=0.0), dict(con_distance="lpips", weight_decay=0.4),
-    dict(lambda_con=0.0, levels=7, rec_distance="lpips"),
+    dict(lambda_con=0.0, levels=7, rec_distance="lpips"), RISING,
     dict(levels=9, real_offset=500, con_offset=200, con_weight="sqrt", weight_limit=0.3)], ids=str)
 def test_yoso_from_scratch(settings):
     torch.manual_seed(6)
@@ -350,9 +352,9 @@ def test_yoso_from_scratch(settings):
 
 
 FINE = dict(
-    batch_size=4, lr=2e-4, lr_d=1.3e-4, weight_decay=0.7, clip_norm=2.0, ema=0.87, alpha=6, real_offset=451,
-    con_offset=137, con_weight="sqrt", rec_distance="l2", con_distance="latent", lambda_rec=0.6,
-    lambda_con=1.9, weight_limit=0.9)
+    batch_size=4, lr=2e-4, lr_d=1.3e-4, weight_decay=0.7, clip_norm=2.0, ema=0.87, ema_ramp=False, alpha=6,
+    real_offset=451, con_offset=137, con_weight="sqrt", rec_distance="l2", con_distance="latent",
+    lambda_rec=0.6, lambda_con=1.9, weight_limit=0.9)
 
 
 def base(pipe):
@@ -430,16 +432,17 @@ def test_yoso_adapt(prediction, clip_norm):
 
 BRUSH = dict(
     batch_size=4, lr=2e-4, lr_b=1.1e-3, lr_lora_teacher=1.7e-3, weight_decay=0.7, clip_norm=0.5, ema=0.87,
-    guidance=(2.7,), null_share=0.5, t_min=31, t_max=877, lora_targets=("to_q", "to_v", "conv1"), rank=3,
-    alpha=5, rank_b=2, alpha_b=7, tau=0.1, clip_weight=0.9, reward_tau=0.05, reward_weight=1.3,
-    regularise_every=2, regularise_weight=0.41, regularise_num=5)
+    ema_ramp=False, guidance=(2.7,), null_share=0.5, t_min=31, t_max=877,
+    lora_targets=("to_q", "to_v", "conv1"), rank=3, alpha=5, rank_b=2, alpha_b=7, tau=0.1, clip_weight=0.9,
+    reward_tau=0.05, reward_weight=1.3, regularise_every=2, regularise_weight=0.41, regularise_num=5)
 
 
 @pytest.mark.parametrize("stage, settings", [
     ("a", dict(clip_norm=0.1)), ("a", dict(clip_norm=0.1, guidance=(0.6, 4.1), prediction="v_prediction")),
     ("a", dict(clip_norm=0.1, regularise="pairs", guide_lora_teacher=False)),
     ("b", dict()), ("b", dict(guidance=(0.6, 4.1), regularise="pairs", clip_decay=False)),
-    ("b", dict(own=True, guide_lora_teacher=False))], ids=str)
+    ("b", dict(own=True, guide_lora_teacher=False)), ("b", RISING),
+    ("a", dict(clip_norm=0.1, score_updates=3)), ("b", dict(score_updates=2))], ids=str)
 def test_swiftbrush(stage, settings):
     settings, reals = BRUSH | settings, []
     prediction, own = settings.pop("prediction", "epsilon"), settings.pop("own", False)
@@ -472,8 +475,8 @@ def test_swiftbrush(stage, settings):
 # Diff-Instruct*
 
 STAR = dict(
-    batch_size=4, lr=2e-4, lr_assistant=1.1e-3, beta1=0.3, clip_norm=14.0, ema=0.87, huber_c=0.7,
-    alpha_rew=23.0, alpha_cfg=1.6, t_min=31, t_max=877, warmup=1, assistant_warmup=0,
+    batch_size=4, lr=2e-4, lr_assistant=1.1e-3, beta1=0.3, clip_norm=14.0, ema=0.87, ema_ramp=False,
+    huber_c=0.7, alpha_rew=23.0, alpha_cfg=1.6, t_min=31, t_max=877, warmup=1, assistant_warmup=0,
     lora_targets=("to_q", "to_v", "conv1"), rank=3, alpha=5)
 
 
@@ -481,8 +484,8 @@ STAR = dict(
     dict(), dict(huber_c=0.0, detach_normaliser=True, student_timestep=399, clip_norm=10.5),
     dict(distance="l2", cfg_choice=1, own=True, clip_norm=100.0),
     dict(divergence="kl", cfg_choice=1, assistant="lora", clip_norm=140.0),
-    dict(divergence="kl", assistant_steps=3, clip_norm=0.8),
-    dict(assistant="lora", assistant_warmup=1, assistant_steps=2, own=True, prediction="v_prediction",
+    dict(divergence="kl", score_updates=3, clip_norm=0.8), RISING | dict(assistant_warmup=1),
+    dict(assistant="lora", assistant_warmup=1, score_updates=2, own=True, prediction="v_prediction",
          clip_norm=0.2),
     dict(cfg_choice=1, alpha_cfg=0.9, detach_normaliser=True, assistant="lora", clip_norm=34.0)], ids=str)
 def test_diff_instruct(settings):

@@ -159,6 +159,40 @@ def test_one_update_is_that_of_one_process(folder, updates, name):
                 assert least <= shares["trained"] <= most
 
 
+def bf16_steps(folder, out):
+    """One update under bf16 of two methods, with all of each weight, then with half."""
+    for name in ("yoso", "student a"):
+        step(name, folder, out / name / "all", "--precision", "bf16")
+        step(name, folder, out / name / "half", "--precision", "bf16", "--shard")
+
+
+def test_shards_are_gathered_in_bf16(folder, tmp_path):
+    """The update is that of whole weights under autocast, up to bf16's rounding; what is kept is float32."""
+    ranks(2, bf16_steps, folder, tmp_path)
+    for name in ("yoso", "student a"):
+        whole, half = (load_file(tmp_path / name / out / "tensors.safetensors") for out in ("all", "half"))
+        assert all(tensor.dtype == torch.float32 for tensor in half.values())
+        for role in {key.split(".")[1] for key in whole if key.startswith("gradient.")}:
+            a, b = (torch.cat([found[key].flatten() for key in sorted(found)
+                               if key.startswith(f"gradient.{role}.")]) for found in (whole, half))
+            assert torch.cosine_similarity(a, b, dim=0) > 0.999
+            assert b.norm().item() == pytest.approx(a.norm().item(), rel=0.02)
+
+
+def test_sharded_networks_run_in_bf16_wherever_they_are_called(folder, tmp_path):
+    """Also where samples are drawn, without autocast around them; the adaptation's teacher stays float32."""
+    ranks(2, called_in_bf16, folder)
+
+
+def called_in_bf16(folder):
+    for more, dtype in ((), torch.bfloat16), (("--adapt",), torch.float32):
+        argv = command(yoso, folder, "unused", [*YOSO, "--shard", "--precision", "bf16", *more])
+        config = parse_config(yoso.Config, yoso.PRESETS, argv, "")
+        start, codec, *_ = yoso.load_networks(config, Run(config))
+        x_t, t = torch.randn(1, *codec.shape), torch.tensor([3])
+        assert start.net(x_t, timestep=t, **codec.cond(["a"])).sample.dtype == dtype
+
+
 # Whole runs
 
 def train(folder, out, iterations, *more):

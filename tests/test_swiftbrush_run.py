@@ -46,7 +46,8 @@ def flags(folder, out, *more):
         "--preset", "shapes", "--model", folder / "sd", "--clip", folder / "clip",
         "--decoder", folder / "tae", "--out", out, "--device", "cpu", "--iterations", 2, "--iterations-b", 2,
         "--convert-iterations", 2, "--batch-size", 4, "--rank", 4, "--rank-b", 4, "--lr", 0.01,
-        "--lr-b", 0.02, "--ema", 0.5, "--log-every", 1, "--sample-every", 2, *more]]
+        "--lr-b", 0.02, "--lr-warmup", 2, "--ema", 0.5, "--ema-ramp", "--log-every", 1, "--sample-every", 2,
+        *more]]
 
 
 def config_of(folder, out, *more):

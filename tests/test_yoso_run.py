@@ -43,13 +43,15 @@ from safetensors.torch import load_file
 import plumbing.cli
 import yoso
 from common import HalfUNet, InformativePrior, UserError, load
+from plumbing.data import FreshData
 from plumbing.grids import save_grid
+from plumbing.run import Run
 from plumbing.shapes import Shapes
 
 # Rates at which two iterations change pictures visibly.
 FINE_TUNE = ["--preset", "mini", "--iterations", 2, "--adapt-iterations", 2, "--batch-size", 4, "--lr", 0.02,
-             "--lr-d", 0.01, "--ema", 0.5, "--device", "cpu", "--log-every", 1, "--sample-every", 2,
-             "--prior-num", 8]
+             "--lr-d", 0.01, "--lr-warmup", 3, "--ema", 0.5, "--ema-ramp", "--device", "cpu",
+             "--log-every", 1, "--sample-every", 2, "--prior-num", 8]
 KINDS = dict(full=[], lora=["--rank", 4, "--alpha", 8], adapt=["--adapt", "--rank", 4, "--alpha", 4],
              scratch=["--latent-z", 8])
 
@@ -302,8 +304,11 @@ def test_two_processes_equal_one(models, finished, tmp_path):
     assert state(tmp_path).keys() == state(finished["adapt"].out).keys()
 
 
-def test_the_rates_fall_at_the_end(models, tmp_path, monkeypatch):
-    """--lr-decay 0.5: constant for half of the iterations, then linearly to 0; their number is bound."""
+def test_the_rates_rise_and_fall(models, tmp_path, monkeypatch):
+    """--lr-decay 0.5: constant for half of the iterations, then linearly to 0; their number is bound.
+
+    --lr-warmup 8 is a factor, 1 / 8 more in each.
+    """
     rates = []
 
     def step(iteration, pictures, captions, config, run, cast):
@@ -311,9 +316,9 @@ def test_the_rates_fall_at_the_end(models, tmp_path, monkeypatch):
         return dict(L_D=torch.zeros(()))
 
     monkeypatch.setattr(yoso, "train_step", step)
-    decaying = ["--lr", 1.0, "--lr-d", 10.0, "--lr-decay", 0.5, "--save-every", 8]
+    decaying = ["--lr", 1.0, "--lr-d", 10.0, "--lr-decay", 0.5, "--lr-warmup", 8, "--save-every", 8]
     run(flags("scratch", models, tmp_path, *decaying, "--iterations", 8))
-    expected = [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    expected = [(i + 1) / 8 * left for i, left in enumerate([1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])]
     assert rates == [[pytest.approx(rate), pytest.approx(10 * rate)] for rate in expected]
     with pytest.raises(UserError, match="--iterations was 8, is 9"):
         run(flags("scratch", models, tmp_path, *decaying, "--iterations", 9))
@@ -394,6 +399,31 @@ def test_data_made_by_a_model(models, finished, tmp_path, monkeypatch):
     for change, message in refused:
         with pytest.raises(UserError, match=message):
             yoso.generated_data(dataclasses.replace(two, **change), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind, more", [("full", []), ("adapt", ["--cache-latents"])])
+def test_data_drawn_every_step(models, tmp_path, kind, more):
+    """Nothing is stored of them, and a run that was stopped ends with the same weights and prior."""
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:3]))
+    drawn = ["--generator", models / "sd", "--dataset", "", "--prompts", tmp_path / "prompts.txt", *more]
+    one, two = (flags(kind, models, tmp_path / name, *drawn) for name in ("one", "two"))
+    run(one)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        stop_at(patched, "two", 1)
+        run(two)
+    run(two)
+    assert equal(state(tmp_path / "one"), state(tmp_path / "two"))
+    assert not list(tmp_path.glob("*/data")) and not list(tmp_path.glob("*/cache/latents"))
+    priors = [InformativePrior.read(tmp_path / name / "pipeline") for name in ("one", "two")]
+    if kind == "full":
+        config = plumbing.cli.read_config(yoso.Config, tmp_path / "one" / "config.json")
+        data = FreshData(config, Run(config), load(models / "sd")[1])
+        expected = InformativePrior.of(torch.stack([data[i]["image"] for i in range(8)]))
+        for prior in priors:
+            torch.testing.assert_close(prior.mean, expected.mean, atol=1e-5, rtol=0)
+            torch.testing.assert_close(prior.std, expected.std, atol=1e-5, rtol=0)
+    else:
+        assert priors == [None, None]
 
 
 # Other commands
@@ -571,6 +601,7 @@ def test_flags_that_do_not_fit_a_model(models, finished, tmp_path):
     zero_snr = finished["adapt"].out / "pipeline"
     (other := tiny.sd()).vae.register_to_config(scaling_factor=0.5)
     other.save_pretrained(tmp_path / "other")
+    drawn = ["--generator", models / "sd"]
     for more, message in (
             (["--preset", "cifar10"], "--preset cifar10: trains from scratch"),
             (["--latent-z", 8], "--latent-z 8: is for a run from scratch"),
@@ -583,8 +614,15 @@ def test_flags_that_do_not_fit_a_model(models, finished, tmp_path):
             (["--con-distance", "lpips"], "--con-distance lpips: compares pictures"),
             (["--flip", "--cache-latents"], "--flip True: cannot mirror cached latents"),
             (["--generate", 5], "--generate 5: needs a --generator"),
-            (["--generator", models / "sd"], "only draws pictures with --generate"),
-            (["--prompts", "x"], "--prompts x: only draws pictures with --generate"),
+            (["--generator-lora", "x"], "--generator-lora x: needs a --generator"),
+            (["--prompts", "x"], "--prompts x: needs a --generator"),
+            ([*drawn, "--flip"], "--flip True: is for stored pictures"),
+            ([*drawn, "--workers", 2], "--workers 2: is for stored pictures"),
+            ([*drawn, "--nfe", 4], "--nfe 4: is for stored pictures; leave it out, or give --generate"),
+            ([*drawn, "--dataset", ""], "or have them drawn by --generator and --prompts"),
+            ([*drawn, "--prompts", "absent"], "--prompts absent: cannot be read"),
+            (["--generator", tmp_path / "other"], r"shape and scale \(.*, 0.5\), --model's \(.*, 0.18215\)"),
+            (["--generator", tmp_path / "pixels"], "--model's .*; give two of the same VAE, or --generate"),
             (["--dataset", ""], "give a folder of captioned pictures"),
             (["--micro-batch", 3], "does not divide"),
             (["--model", models / "pixart"], "has no UNet"),

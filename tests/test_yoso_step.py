@@ -14,7 +14,8 @@ from helpers import CAPTIONS, TINY, drawings, equal, perturb, random_vgg
 import common
 import plumbing.cli
 import yoso
-from common import Denoiser, HalfUNet
+from common import Codec, Denoiser, Draws, HalfUNet, InformativePrior, NoiseSchedule
+from plumbing.data import FreshData
 from plumbing.run import Run
 from plumbing.students import dense_copy
 
@@ -69,6 +70,46 @@ def watch_updates(step, note):
         note(None, parts)
         return losses
     step["run"].descend = watched
+
+
+# Data that a generator draws
+
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_fresh_data_are_what_the_generator_draws(model, tmp_path, with_prior):
+    """x0 of one call at T, of the sample's own noise and prompt; the step trains on them as they are."""
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:3]))
+    torch.manual_seed(2)
+    (pipe := tiny.sd("v_prediction")).save_pretrained(tmp_path / "v")
+    prior = InformativePrior(torch.randn(4, 8, 8), torch.rand(4, 1, 1) + 0.5)
+    if with_prior:
+        prior.save(tmp_path / "v")
+    step = prepare("full", model, "--generator", tmp_path / "v", "--prompts", tmp_path / "prompts.txt",
+                   "--seed", 3)
+    run, codec = step["run"], step["models"].codec
+    data = FreshData(step["config"], run, codec)
+    run.skipped, seen = set(), []
+    x0, captions = next(batches := run.batches(data))
+    x0_next, captions_next = next(batches)
+    assert sorted(captions[:3]) == sorted([*captions[3:], *captions_next[:2]]) == sorted(CAPTIONS[:3])
+    schedule = NoiseSchedule.from_config(pipe.scheduler.config)
+    alpha, sigma = schedule.alpha[-1], schedule.sigma[-1]
+    for i, (x, caption) in enumerate(zip([*x0, *x0_next], [*captions, *captions_next], strict=True)):
+        draw = Draws(3, 2**62 + i, 1, slice(None), "cpu")
+        eps, eps_prime = draw.randn(4, 8, 8), draw.randn(4, 8, 8)
+        x_T = alpha * (prior.mean + prior.std * eps_prime) + sigma * eps if with_prior else eps
+        with torch.no_grad():
+            v = pipe.unet(x_T, 999, **Codec(pipe).cond([caption])).sample
+        torch.testing.assert_close(x, (alpha * x_T - sigma * v)[0], atol=1e-5, rtol=1e-4)
+    assert not x0.requires_grad and len({x.sum().item() for x in (*x0, *x0_next)}) == 8
+    watch_updates(step, lambda updated, parts: seen.extend(p.x0 for p in parts))
+    yoso.train_step(**step | dict(pictures=x0, captions=captions))
+    assert all(torch.equal(x, x0) for x in seen) and seen
+    # Two processes draw each their half.
+    for rows in (slice(0, 2), slice(2, 4)):
+        run.rows = rows
+        half, texts = next(run.batches(data))
+        torch.testing.assert_close(half, x0[rows], atol=1e-5, rtol=1e-4)
+        assert texts == captions[rows]
 
 
 # Who moves whom

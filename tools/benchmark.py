@@ -104,7 +104,7 @@ def plain_step(config, run, models, prompts):
     """Diff-Instruct*'s iteration with one backward pass through divergence, reward and student together."""
     di, student, codec = diff_instruct_star, models.student, models.codec
     iteration = iteration_of(di, config)
-    draw = run.draws((config.assistant_steps + 1) * iteration)
+    draw = run.draws((config.score_updates + 1) * iteration)
 
     def loss_student(p):
         f = one_step(student, p.z, p.cond)
@@ -122,7 +122,7 @@ def plain_step(config, run, models, prompts):
                       y=prompts)
     with frozen(models.assistant.net):
         run.descend(models.optimizer, parts, loss_student, config.clip_norm)
-    models.ema.update()
+    models.ema.update(iteration - config.assistant_warmup)
 
 
 # The passes of a step, each alone
@@ -147,7 +147,7 @@ def backward_pass(run, call, network=None):
 
 def updates(models):
     """A function that makes the updates of all weights and averages from the gradients that are there."""
-    return lambda: ([optimizer.step() for optimizer in optimizers_of(models)], models.ema.update())
+    return lambda: ([optimizer.step() for optimizer in optimizers_of(models)], models.ema.update(0))
 
 
 def yoso_parts(config, run, models, pictures, captions):

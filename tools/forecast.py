@@ -45,6 +45,7 @@ import yoso
 from common import Denoiser, UserError
 from plumbing.cache import cache_conditions
 from plumbing.cli import Parser, check_flags, parse_config, run_command
+from plumbing.data import FreshData
 from plumbing.run import Run
 from plumbing.shard import part_here, shard
 from plumbing.students import dense_copy, fold_lora
@@ -321,12 +322,18 @@ def step_of(script, config):
         size = codecs[0].picture_size
         # Shapes are drawn anew each time, so that they are not cached.
         cached = config.model and config.cache_latents and config.dataset != "shapes"
-        batch = [torch.zeros(n, *(codecs[0].shape if cached else (3, size, size)), device=run.device), *batch]
+        shape = codecs[0].shape if cached or config.draws_data else (3, size, size)
+        batch = [torch.zeros(n, *shape, device=run.device), *batch]
     last = config.iterations - 1
     rare = last - last % every
     iterations = {rare: 1 / every, rare + 1: 1 - 1 / every} if every > 1 else {last: 1.0}
-    step = lambda iteration: script.train_step(iteration, *batch, config, run, models)
-    return run, networks_of(models), optimizers_of(models), step, iterations
+    step = train = lambda iteration: script.train_step(iteration, *batch, config, run, models)
+    networks = networks_of(models)
+    if script is yoso and config.draws_data:
+        data = FreshData(replace(config, prompts="", dataset="shapes"), run, models.codec)
+        networks["data_generator"] = data.generator.net
+        step = lambda iteration: (data.__getitems__(range(n)), train(iteration))
+    return run, networks, optimizers_of(models), step, iterations
 
 
 # Main

@@ -83,7 +83,7 @@ class Config:
     scale: float = flag(1.0, "factor on every part's iterations", above=0, most=1000)
     seed: int = flag(0, "of weights, drawings and noise", **SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("fp32", "of the networks", choices=("fp32", "bf16"))
+    precision: str = flag("fp32", "of the networks", choices=("fp32", "tf32", "bf16"))
     workers: int = flag(0, "processes that read pictures", least=0, most=1000)
     iterations: int = flag(20_000, "of a teacher or of --base; the mini models' stand in PARTS", least=1)
     batch_size: int = flag(64, "of a teacher or of --base", least=1, most=100_000)
@@ -209,7 +209,7 @@ def train(config, name, build, loss_of, dataset):
         optimizer.param_groups[0]["lr"] = lr * warmup * decay
         draw, first = run.draws(iteration), iteration * batch_size + run.rows.start
         losses = run.descend(optimizer, run.split(x0=x0, captions=captions), loss_module, 1.0)
-        ema.update()
+        ema.update(iteration)
         if run.finish_iteration(iteration, losses):
             break
     run.end()
