@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -103,8 +104,9 @@ def cache_conditions(codec, prompts, folder, made_by):
         rows = [(open_tensors(Path(folder) / names[i], origin), row) for i, row in places]
         flat = {}
         for key in flat_cond(like):
-            values = torch.stack([torch.from_numpy(file.get_slice(key)[row]) for file, row in rows])
-            flat[key] = values.to(codec.device).float()
+            # By numpy: on the CPU autocast cannot stack tensors of float16.
+            values = np.stack([file.get_slice(key)[row] for file, row in rows])
+            flat[key] = torch.from_numpy(values).to(codec.device).float()
         return full_cond(like, flat)
 
     codec.cache = read

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import swiftbrush_v2
 import yoso
 
 CPU = torch.device("cpu")
@@ -50,6 +51,19 @@ def test_a_rung(small, tmp_path):
     assert forecast.held_bytes(CPU) - before < 2**24 and yoso.load is common.load
     assert states == pytest.approx(same, rel=0.02) and states < step < more and less < more
     assert flop * 4 == pytest.approx(four_times, rel=1e-6)
+
+
+def test_judges_have_half_the_bytes(small):
+    """Networks without numbers that are held in bf16; they can also go away."""
+    with ladder.empty_networks(swiftbrush_v2):
+        size = lambda net: sum(p.nbytes for p in net.parameters())
+        net = swiftbrush_v2.load("sd15", CPU)[0].net
+        whole, numbers = size(net), [p.requires_grad for p in net.parameters()]
+        common.hold_in_bf16(net)
+        assert 2 * size(net) == whole and [p.requires_grad for p in net.parameters()] == numbers
+        assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+        net.to("meta")
+        assert all(p.is_meta for p in net.parameters())
 
 
 def test_shared_states(small, tmp_path):

