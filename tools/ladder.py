@@ -141,9 +141,9 @@ RECIPES = [
     Recipe("SD 1.5, YOSO, LoRA", 8, 80, f"{EIGHT} {OF_SD15} --rank 64 --out runs/sd15-lora"),
     Recipe("SD 1.5, YOSO, all weights", 8, 80, f"{EIGHT} {OF_SD15} --out runs/sd15"),
     Recipe("PixArt 512, YOSO, all weights", 8, 80, f"{EIGHT} {OF_PIXART} --out runs/pixart"),
-    Recipe("SD 2.1, SwiftBrush v2, student B", 1, 24,
+    Recipe("SD 2.1, SwiftBrush v2", 1, 24,
            f"python {OF_SD21} --stage b --micro-batch 4 --out runs/sd21"),
-    Recipe("SD 2.1, SwiftBrush v2, student A", 1, 40,
+    Recipe("SD 2.1, SwiftBrush v2", 1, 40,
            f"python {OF_SD21} --stage a --micro-batch 4 --out runs/sd21"),
     Recipe("SD 2.1, SwiftBrush v2", 8, 80, f"{EIGHT} {OF_SD21} --out runs/sd21"),
     Recipe("SDXL, Diff-Instruct*", 1, 141, f"python {OF_SDXL} --out runs/sdxl"),
@@ -386,7 +386,8 @@ def costs_of(recipe, folder, most=2):
     the second did, and their samples wait meanwhile. From scratch, all are counted.
     """
     script, config = parse_recipe(recipe)
-    trainings = [(title.partition(", ")[2], training, forecast.step_of)
+    students = {"stage a": "student A", "stage b": "student B"}
+    trainings = [(students.get(title.partition(", ")[2], ""), training, forecast.step_of)
                  for title, training in forecast.trainings_of(script, config)]
     if script.__name__ == "yoso" and config.adapt:
         adaptation = replace(config, iterations=2 * config.adapt_iterations)
@@ -420,7 +421,8 @@ def print_recipes(recipes):
                 hours = ", ".join(f"{iterations * flop / (share * peak) / 3600:.3g} ({card})"
                                   for card, peak in CARDS[recipe.memory].items())
                 name = f"{recipe.name}{title and f', {title}'}"
-                print(f"| {name} | {recipe.GPUs} of {recipe.memory} GB | {memory:.1f} | {flop:.3g} | "
+                print(f"| {name} | {recipe.GPUs} of {recipe.memory} GB | {memory:.1f} | "
+                      f"{float(f'{flop:.3g}'):,g} | "
                       f"{iterations:,} | {hours} |", flush=True)
 
 
