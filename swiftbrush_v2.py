@@ -50,8 +50,8 @@ from common import (EMA, LOAD_ERRORS, LORA_TARGETS, Codec, Denoiser, Draws, Nois
                     map_cond, one_line, one_step, remove_lora, set_rates, warmup_share, x0_weight)
 from plumbing.cache import cache_conditions, cache_pairs
 from plumbing.checkpoint import latest_checkpoint
-from plumbing.cli import (RunFlags, bound_flags, check_sample_flags, flag, parse_config, read_config,
-                          run_command, sample_flags)
+from plumbing.cli import (RunFlags, bound_flags, check_flags, check_sample_flags, flag, parse_config,
+                          read_config, run_command, sample_flags)
 from plumbing.data import load_dataset, prompts_of, sample_order, to_floats
 from plumbing.files import check_folder, digest
 from plumbing.grids import save_grid, save_samples
@@ -59,6 +59,8 @@ from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import class_of, shard
 from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_step, export_student, fold_lora,
                                load_teacher, model_card, starting_student)
+from supplements.negative import steered
+from supplements.sizes import resized
 
 
 # Configuration: the defaults are the paper's SD 2.1 run; a preset changes what it names
@@ -649,8 +651,15 @@ def sample_command(argv):
                         help="the student; default: the last finished")
     parser.add_argument("--slerp", default="", choices=("noise", "prompt"),
                         help="a strip between two noises or prompts")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+                        help="pixels of the pictures (ScaleCrafter); default: as trained")
+    parser.add_argument("--negative", default="", help="a prompt of what not to draw (NASA)")
+    parser.add_argument("--negative-scale", type=float, default=0.8, metavar="ALPHA",
+                        help="its weight; the default is the mini model's; SNOOPI: 0.1 for SD 1.5, 0.2 for "
+                        "SD 2.1, 0.5 for PixArt [%(default)s]")
     args = parser.parse_args(argv)
     check_sample_flags(args)
+    check_flags(args, negative_scale=dict(least=0))
     run = Path(args.run)
     folders = dict(merged=run / "pipeline", b=run / "b" / "pipeline", a=run / "a" / "pipeline")
     if (run / "model_index.json").exists():
@@ -665,12 +674,13 @@ def sample_command(argv):
     alone = folders["merged"] == run  # a student without its run: the default's captions
     config = Config() if alone else read_config(Config, next(run.glob("[ab]/config.json"), run))
     prompts = args.prompts or prompts_of(config, codec)
-    if args.slerp:
-        images = draw_strip(student, codec, args.slerp, prompts, args.seed, args.num)
-        prompts = [f"from {prompts[0]} to {prompts[-1]}"] * args.num
-    else:
-        prompts = [prompts[i % len(prompts)] for i in range(args.num)]
-        images = draw_samples(student, codec, prompts, args.seed)
+    with resized(student, codec, args.size), steered(student, codec, args.negative, args.negative_scale):
+        if args.slerp:
+            images = draw_strip(student, codec, args.slerp, prompts, args.seed, args.num)
+            prompts = [f"from {prompts[0]} to {prompts[-1]}"] * args.num
+        else:
+            prompts = [prompts[i % len(prompts)] for i in range(args.num)]
+            images = draw_samples(student, codec, prompts, args.seed)
     save_samples(args, images, prompts, args.num if args.slerp else 8)
     print(f"{args.num} one-step pictures of student {found[0]}: {args.grid}")
 

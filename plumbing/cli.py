@@ -223,11 +223,12 @@ def check_sample_flags(args):
         raise UserError(f"--save {args.save}: exists already; choose a new folder")
     if args.save:
         check_writable(args.save, "--save", deep=True)
-    for prompt in args.prompts or ():
+    texts = [("prompts", text) for text in args.prompts or ()] + [("negative", getattr(args, "negative", ""))]
+    for name, text in texts:
         try:
-            check_text(prompt)
+            check_text(text)
         except ValueError as error:
-            raise UserError(f"--prompts {ascii(prompt)}: {one_line(error)}")
+            raise UserError(f"--{name} {ascii(text)}: {one_line(error)}")
     if not Path(args.run).is_dir():
         raise UserError(f"--run {args.run}: there is no such folder; train first, or give another --run")
 

@@ -7,10 +7,12 @@ import pytest
 from helpers import ROOT
 
 SCRIPTS = {"yoso", "swiftbrush_v2", "diff_instruct_star"}
-PLUMBING = {f"plumbing.{path.stem}" for path in (ROOT / "plumbing").glob("[!_]*.py")} | {"plumbing"}
+PLUMBING, SUPPLEMENTS = (
+    {f"{name}.{path.stem}" for path in (ROOT / name).glob("[!_]*.py")} | {name}
+    for name in ("plumbing", "supplements"))
 TOOLS = {path.stem for path in (ROOT / "tools").glob("*.py")} | {"tools"}
 TESTS = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
-OURS = {"common"} | SCRIPTS | PLUMBING | TOOLS | TESTS
+OURS = {"common"} | SCRIPTS | PLUMBING | SUPPLEMENTS | TOOLS | TESTS
 
 
 def imports(path):
@@ -56,9 +58,14 @@ def test_plumbing_imports_in_one_direction():
     graphlib.TopologicalSorter(order).prepare()  # raises CycleError
 
 
+@pytest.mark.parametrize("name", sorted(SUPPLEMENTS - {"supplements"}))
+def test_a_supplement_imports_common(name):
+    assert imports(ROOT / f"{name.replace('.', '/')}.py") <= {"common"}
+
+
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_a_script_imports_common_and_plumbing(name):
-    assert imports(ROOT / f"{name}.py") <= {"common"} | PLUMBING
+def test_a_script_imports_common_plumbing_and_supplements(name):
+    assert imports(ROOT / f"{name}.py") <= {"common"} | PLUMBING | SUPPLEMENTS
 
 
 def test_tools_import_no_test():
@@ -75,4 +82,4 @@ def test_a_test_file_imports_none_of_the_others():
 def test_every_module_has_its_place():
     assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS | {"common"}
     folders = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
-    assert folders == {"plumbing", "tools", "tests"}
+    assert folders == {"plumbing", "supplements", "tools", "tests"}

@@ -144,7 +144,7 @@ def copy_code(code, method, arm):
     """Makes a copy of all code with the arm's line changed, in the folder `code`."""
     shutil.rmtree(code, ignore_errors=True)
     with writing(code):
-        for name in ("plumbing", "tests", "tools"):
+        for name in ("plumbing", "supplements", "tests", "tools"):
             shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in ROOT.glob("*.py"):
             (code / path.name).write_text(path.read_text())
