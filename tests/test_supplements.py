@@ -39,8 +39,8 @@ def one_call(student, codec, captions=CAPTIONS[:2]):
 
 # Sizes
 
-def kernel():
-    return torch.randn(5, 3, 3, 3), torch.randn(5)
+def kernel(side=3):
+    return torch.randn(5, 3, side, side), torch.randn(5)
 
 
 def test_twice_the_size_is_dilation_two():
@@ -54,6 +54,15 @@ def test_twice_the_size_is_dilation_two():
     torch.testing.assert_close(found[:, :, ::2, ::2], F.conv2d(x, weight, bias, padding=1))
     assert torch.equal(found, F.conv2d(spread, weight, bias, padding=2, dilation=2))
     assert torch.equal(redilated_conv(x, weight, bias, 1), F.conv2d(x, weight, bias, padding=1))
+
+
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_a_broken_ratio_by_hand(side):
+    """1.25 is dilation 2 on a picture 2 / 1.25 = 1.6 times as large, whatever the kernel's size."""
+    x, (weight, bias) = torch.randn(2, 3, 20, 10), kernel(side)
+    large = F.conv2d(F.interpolate(x, (32, 16), mode="bilinear"), weight, bias, padding=side - 1, dilation=2)
+    by_hand = F.interpolate(large, (20, 10), mode="bilinear")
+    assert torch.equal(redilated_conv(x, weight, bias, 1.25), by_hand)
 
 
 @pytest.mark.parametrize("ratio", [1, 1.25, 1.5, 2, 2.5])
@@ -153,7 +162,7 @@ def test_steered_attention_is_two_attentions_by_hand():
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart"])
 def test_a_student_is_steered_and_restored(loaded, kind):
-    """With alpha 0 nothing changes, to the bit; a padded text steers as the same text without its padding."""
+    """With alpha 0 nothing changes, to the bit; another negative prompt gives another picture."""
     student, codec = loaded[kind]
     before = one_call(student, codec)
     processors = [m.processor for m in student.net.modules() if isinstance(m, Attention)]
@@ -169,6 +178,17 @@ def test_a_student_is_steered_and_restored(loaded, kind):
     assert not torch.equal(changed, before) and torch.equal(one_call(student, codec), before)
     after = [m.processor for m in student.net.modules() if isinstance(m, Attention)]
     assert all(a is b for a, b in zip(processors, after))
+
+
+def test_pixarts_negative_is_projected_and_unpadded(loaded):
+    student, codec = loaded["pixart"]
+    cond = codec.cond(["red"])
+    tokens = int(cond["encoder_attention_mask"].sum())
+    with steered(student, codec, "red", 1), torch.no_grad():
+        negative = student.net.transformer_blocks[0].attn2.processor.keywords["negative"]
+        text = student.net.caption_projection(cond["encoder_hidden_states"][:, :tokens])
+    assert tokens < cond["encoder_attention_mask"].shape[1]
+    torch.testing.assert_close(negative, text)
 
 
 # The command
