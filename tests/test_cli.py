@@ -269,7 +269,7 @@ def test_what_can_be_written(name, suffix, deep, reason, tmp_path, monkeypatch):
 
 def test_a_continued_run_repeats_the_flags_that_make_its_result():
     own = {"preset", "rate", "limit", "free", "share", "widths", "kind", "flip", "place"}
-    shared = {"precision", "cache_latents", "lr_warmup"}
+    shared = {"precision", "cache_latents", "lr_warmup", "lora_init"}
     assert bound_flags(Flags) == own | shared | {"seed"}
     assert bound_flags(Flags, but=("rate", "seed")) == own - {"rate"} | shared
     # A conversion and an adaptation keep their rates.

@@ -98,6 +98,8 @@ DIFF_INSTRUCT = {
     "choice 1 10, 7.5": diff_instruct_arm("score", "10", "7.5", "--cfg-choice", "1"),
     "score 0, 0": diff_instruct_arm("score", "0", "0"),
     **{f"score {a}, 7.5": diff_instruct_arm("score", a, "7.5") for a in ("0", "0.1", "1", "3", "10", "30")},
+    **{f"x0 {a}, 7.5": diff_instruct_arm("score", a, "7.5", "--weighting", "x0")
+       for a in ("0", "1", "3", "10", "30")},
     "score 10, 4.5": diff_instruct_arm("score", "10", "4.5"),
     "score 10, 7.5, longer": diff_instruct_arm("score", "10", "7.5", "--iterations", "{longer}"),
 }
