@@ -1,5 +1,7 @@
 """--precision bf16: which networks are held in bf16, which stay float32, and their outputs."""
 
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -129,6 +131,38 @@ def test_diff_instruct_copies_the_reference_before_it_is_rounded(folder, kind, t
         assert all(torch.equal(value, exact[key]) for key, value in net.state_dict().items())
     scalars = di.train_step(0, CAPTIONS[:4], config, run, models)
     assert all(value.isfinite() and value.dtype == torch.float32 for value in scalars.values())
+
+
+@pytest.mark.parametrize("script", [yoso, sb, di])
+def test_text_encoder_and_vae_run_under_autocast(script, folder, tmp_path):
+    """In a training step; what they give is float32 again."""
+    config, run, models = cast(script, folder, tmp_path, *["--stage", "b"] * (script is sb))
+    codec = models.loaded.codec if script is sb else models.codec
+    encoder, seen = codec.pipe.text_encoder, {}
+    def note(name):
+        def hook(module, args, output):
+            seen.setdefault(name, output.dtype)
+        return hook
+
+    next(m for m in encoder.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(note("text"))
+    codec.vae.encoder.conv_in.register_forward_hook(note("VAE"))
+    encode = codec.encode
+    codec.encode = lambda pictures: seen.setdefault("x0", encode(pictures))
+    size = codec.picture_size
+    pictures = [torch.rand(4, 3, size, size)] if script is yoso else []
+    script.train_step(10**6 if script is di else 0, *pictures, CAPTIONS[:4], config, run, models)
+    assert seen["text"] == torch.bfloat16
+    if script is yoso:
+        assert seen["VAE"] == torch.bfloat16 and seen["x0"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("script", [sb, di])
+def test_a_script_holds_its_scorers_and_its_small_decoder_in_bf16(script, folder, tmp_path):
+    models = cast(script, folder, tmp_path, *["--stage", "b"] * (script is sb))[2]
+    decode = models.loaded.decode if script is sb else models.decode
+    inside = lambda function, name: inspect.getclosurevars(function).nonlocals[name]
+    networks = [inside(decode, "tiny"), *(inside(s.embed_images, "model") for s in models.scorers.values())]
+    assert len(networks) == 2 and all(dtypes(network.parameters()) == BF16 for network in networks)
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian"])
