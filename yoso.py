@@ -610,7 +610,7 @@ def train_step(iteration, pictures, captions, config, run, models):
     t, eps, noise = draw.randint(1, T + 1), draw.randn(*codec.shape), draw.randn(*codec.shape)
     if config.flip:
         pictures = torch.where(draw.randint(0, 2).bool().view(-1, 1, 1, 1), pictures.flip(3), pictures)
-    with run.autocast(), torch.no_grad():
+    with torch.no_grad(), run.autocast():
         cond = condition(codec, captions, draw, config.latent_z)
         cond_d = cond if models.codec_d is codec else models.codec_d.cond(captions)  # from scratch: none
         # The mean of the VAE's posterior: D would take its noise for a mark of the data.

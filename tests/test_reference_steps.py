@@ -353,6 +353,7 @@ def test_yoso_from_scratch(settings):
 
 FINE = dict(
     batch_size=4, lr=2e-4, lr_d=1.3e-4, weight_decay=0.7, clip_norm=2.0, ema=0.87, ema_ramp=False, alpha=6,
+    lora_init="gaussian",
     real_offset=451, con_offset=137, con_weight="sqrt", rec_distance="l2", con_distance="latent",
     lambda_rec=0.6, lambda_con=1.9, weight_limit=0.9)
 

@@ -91,7 +91,7 @@ DIFF_INSTRUCT = {
         f"{D}test_d7_guidance_as_a_reward_pulls_towards_the_condition", "--cfg-choice 1"),
     "d' as a constant": Arm("e, c, detach_normaliser)", "e, c, detach_normaliser).detach()", D1),
     "the second bracket as a constant": Arm("(assistant - target)).", "(assistant - target).detach()).", D1),
-    'the minus "mended"': Arm("return -(u *", "return (u *", D1),
+    'the minus "mended"': Arm("return -(weight * u *", "return (weight * u *", D1),
     "a guided assistant": Arm(
         'eps_assistant = assistant.predict(x_t, p.t, "epsilon", p.cond)',
         'eps_assistant = assistant.predict(x_t, p.t, "epsilon", p.cond, p.null, 1.0 + config.alpha_cfg)',
