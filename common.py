@@ -218,11 +218,12 @@ def hold_in_bf16(*networks):
     """
     for network in networks:
         network.to(torch.bfloat16)
-        autocast = torch.autocast(next(network.parameters()).device.type, torch.bfloat16)
+        device_type = next(network.parameters()).device.type
         for name in ("forward", "decode", "get_image_features", "get_text_features",
                      "encode_image", "encode_text"):
             if hasattr(network, name):
-                setattr(network, name, autocast(getattr(network, name)))
+                # One context each: it keeps what to go back to, so that it cannot be entered twice.
+                setattr(network, name, torch.autocast(device_type, torch.bfloat16)(getattr(network, name)))
 
 
 # Sampling
