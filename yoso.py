@@ -50,7 +50,7 @@ into x_t at the lowest levels, c_skip(1) = 0.0025; here level 0 is the data itse
   python yoso.py sample --run runs/yoso --num 64 --nfe 1 --grid grid.png
   python yoso.py --model assets/mini-sd               fine-tunes the mini Stable Diffusion
   torchrun --nproc-per-node 8 yoso.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 64 \\
-      --dataset FOLDER --out runs/sd15 --precision bf16 --gradient-checkpointing
+      --dataset FOLDER --out runs/sd15-lora
   python yoso.py merge --base PIXART_512 --high PIXART_1024 --tuned YOSO_512 --out PIPELINE     Eq. 7
 """
 
