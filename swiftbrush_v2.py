@@ -399,8 +399,9 @@ def train_step(iteration, prompts, config, run, models):
             guidance_lora = p.guidance if config.guide_lora_teacher else 1.0
             eps_teacher = teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, p.guidance)
             eps_lora_teacher = lora_teacher.predict(x_t, p.t, "epsilon", p.cond, p.null, guidance_lora)
-            g = vsd_gradient(eps_teacher, eps_lora_teacher, schedule.sigma[p.t].view(-1, 1, 1, 1))
-            if config.weighting == "x0":
+            if config.weighting == "noise":
+                g = vsd_gradient(eps_teacher, eps_lora_teacher, schedule.sigma[p.t].view(-1, 1, 1, 1))
+            else:
                 g = vsd_gradient_x0(f, *(schedule.convert(eps, x_t, p.t, "epsilon", "sample")
                                          for eps in (eps_teacher, eps_lora_teacher)))
         losses = dict(L_vsd=vsd_loss(f, g)) | image_losses(f, p.y, iteration, config, models)  # 3.
