@@ -380,7 +380,7 @@ class EMA:
         self.average = {n: p.detach().float().clone() for n, p in self.parameters.items()}
 
     def decay_of(self, n):
-        """The decay of update n, from 0: with the ramp min(decay, (1 + n) / (10 + n)), of the first 0."""
+        """The decay of update n, from 0: with the ramp 0 at first, then min(decay, (1 + n) / (10 + n))."""
         return min(self.decay, (1 + n) / (10 + n) if n else 0.0) if self.ramp else self.decay
 
     @torch.no_grad()
@@ -465,8 +465,9 @@ def load_distance(name, device):
 def x0_weight(f, x0_reference):
     """1 / mean |f - x0_reference| of each sample, without gradient: [B, C, H, W] twice -> [B, 1, 1, 1].
 
-    On a difference of x0 predictions it is the weight w(t) of SiD (Zhou et al., 2024) and DMD (Yin et al.,
-    2024), which all noise levels share; a difference of noise predictions as it is starves the high ones.
+    The weight that SiD (Zhou et al., 2024) and DMD (Yin et al., 2024) put on a difference of x0 predictions,
+    so that all noise levels count about alike. An unweighted difference of noise predictions hardly counts at
+    high noise, from where a one-step model draws.
     """
     return 1 / (f - x0_reference).detach().abs().mean((1, 2, 3), keepdim=True)
 

@@ -215,11 +215,11 @@ def cfg_loss(x_t, conditional, unconditional, alpha_cfg, weight=1.0):
 
 
 def divergence_weights(config, schedule, f, x_t, t, eps_reference):
-    """The factors by which --weighting x0 changes w(t) of score_loss, and of kl_loss and cfg_loss.
+    """(weight of score_loss, weight of kl_loss and cfg_loss) under --weighting, [B, 1, 1, 1]; noise: 1, 1.
 
-    Both are [B, 1, 1, 1]; without it 1. As in SiD and DMD the noise predictions become x0 predictions, whose
-    differences are sigma_t / alpha_t times as large, and a loss is divided by mean |f - x0_reference|. The
-    losses that are linear in x_t = alpha_t f + ... become linear in f.
+    x0: as in SiD and DMD the noise predictions become x0 predictions, whose differences are sigma_t / alpha_t
+    times as large, and a loss is divided by mean |f - x0_reference|. kl_loss and cfg_loss multiply x_t, whose
+    derivative by f is alpha_t; divided by alpha_t, their gradient at f is DMD's.
     """
     if config.weighting == "noise":
         return 1.0, 1.0
