@@ -453,11 +453,12 @@ def load_distance(name, device):
     def features(x):
         """x [B, 3, H, W] -> the unit vectors of each layer's places."""
         enlarged = F.interpolate(x, size=224, mode="bilinear") if x.shape[-1] < 256 else x
-        return [lpips.normalize_tensor(h) for h in network.net(network.scaling_layer(enlarged))]
+        return [lpips.normalize_tensor(h.float()) for h in network.net(network.scaling_layer(enlarged))]
 
     def distance(a, b):
         """Squared differences, weighted by channel, averaged over places, summed over layers: [B]."""
-        return sum(layer((x - y)**2).mean((1, 2, 3)) for layer, x, y in zip(network.lins, a, b))
+        with torch.autocast(a[0].device.type, enabled=False):  # a layer's weighting is a convolution
+            return sum(layer((x - y)**2).mean((1, 2, 3)) for layer, x, y in zip(network.lins, a, b))
 
     return features, distance
 
@@ -703,7 +704,7 @@ class Codec:
 
     def decode(self, x0):
         """x0 -> pictures, with the gradient."""
-        return x0 if self.vae is None else self.vae.decode(x0 / self.vae.config.scaling_factor).sample
+        return x0 if self.vae is None else self.vae.decode(x0 / self.vae.config.scaling_factor).sample.float()
 
     def _max_tokens(self):
         return 120 if self.pipe.tokenizer.model_max_length > 120 else self.pipe.tokenizer.model_max_length

@@ -6,12 +6,22 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
-from helpers import CAPTIONS, perturb
+from helpers import CAPTIONS, perturb, random_vgg
 
 import diff_instruct_star as di
 import swiftbrush_v2 as sb
 import yoso
-from common import HalfUNet, add_lora, hold_in_bf16, load, load_decoder, load_scorer, one_step, use_lora
+from common import (
+    HalfUNet,
+    add_lora,
+    hold_in_bf16,
+    load,
+    load_decoder,
+    load_distance,
+    load_scorer,
+    one_step,
+    use_lora,
+)
 from plumbing.cli import parse_config
 from plumbing.run import Run
 
@@ -90,6 +100,19 @@ def test_scorers_and_the_small_decoder(folder):
     assert all(torch.equal(a, b) for a, b in zip(exact, tf32)) and not torch.equal(rounded[1], exact[1])
     for a, b, bound in zip(exact, rounded, (0.02, 0.02, 0.15)):  # the gradient passes through most roundings
         assert (a - b).norm() < bound * a.norm()
+
+
+@pytest.mark.parametrize("name", ["l2", "lpips"])
+def test_a_distance_of_pictures_is_float32_under_autocast(folder, name):
+    """Also of what a whole VAE decodes; nearly equal pictures are where bf16's digits are too few."""
+    codec, x0 = load(folder / "sd")[1], torch.randn(2, 4, 8, 8)
+    with pytest.MonkeyPatch.context() as patched:
+        random_vgg(patched)
+        features, distance = load_distance(name, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        near = [features(load_decoder("", codec)(x)) for x in (x0, x0 + 0.01)]
+        d = distance(*near)
+    assert d.dtype == torch.float32 and torch.equal(d, distance(*near))
 
 
 def test_yoso_holds_the_frozen_half_and_no_weights_that_it_exports(folder, tmp_path):
