@@ -414,8 +414,10 @@ class FreshData(Dataset):
         draws = [Draws(seed, 2**62 + i, 1, slice(None), "cpu") for i in numbers]  # which no iteration is
         noise = [torch.cat([d.randn(*self.codec.shape) for d in draws]).to(self.run.device) for _ in range(2)]
         x_T = self.prior.start(self.generator.schedule, *noise) if self.prior else noise[0]
+        micro = self.run.micro_batches[0].stop
         with self.run.autocast():
-            x0 = one_step(self.generator, x_T, self.codec.cond(y))
+            x0 = torch.cat([one_step(self.generator, x_T[i:i + micro], self.codec.cond(y[i:i + micro]))
+                            for i in range(0, len(y), micro)])
         return [dict(image=x, caption=caption, skipped=[]) for x, caption in zip(x0, y)]
 
 

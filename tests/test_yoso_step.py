@@ -114,6 +114,18 @@ def test_fresh_data_are_what_the_generator_draws(model, tmp_path, with_prior):
         assert texts == captions[rows]
 
 
+def test_fresh_data_are_drawn_in_micro_batches(model):
+    """So that the batch is not bound by memory here either; the same pictures."""
+    drawn, seen = [], []
+    for micro in (0, 2):
+        step = prepare("full", model, "--generator", model, "--micro-batch", micro)
+        data = FreshData(step["config"], step["run"], step["models"].codec)
+        data.generator.net.conv_in.register_forward_hook(lambda layer, x, y: seen.append(len(y)))
+        drawn.append(torch.stack([sample["image"] for sample in data.__getitems__(range(4))]))
+    assert seen == [4, 2, 2]
+    torch.testing.assert_close(*drawn, atol=1e-5, rtol=1e-4)
+
+
 # Who moves whom
 
 @pytest.mark.parametrize("kind", KINDS)
