@@ -174,6 +174,11 @@ class Config(RunFlags):
     teacher_guidance: float = flag(7.5, "of the original's pictures in OUT/comparison.png; SD: 7.5", least=0)
 
     @property
+    def micro_multiple(self):
+        """The size of the groups in which D from scratch compares samples."""
+        return 1 if self.model else Discriminator.GROUP
+
+    @property
     def draws_data(self):
         """Whether --generator draws the data anew every step, and none are stored."""
         return bool(self.generator) and not self.generate
@@ -925,7 +930,7 @@ def train(config):
     check(config)
     # Where the rates decay, a continued run must repeat the number of iterations.
     bound = bound_flags(Config, but=() if config.lr_decay else ("iterations",))
-    run = Run(config, bound, 1 if config.model else Discriminator.GROUP)
+    run = Run(config, bound)
     start, codec, discriminator, half, codec_d = load_networks(config, run)
     prior = original = None
     if config.model:

@@ -39,6 +39,8 @@ def flag(default, help, group="method", choices=None, above=None, least=None, be
 @dataclass
 class RunFlags:
     """The flags that every method has. Each field is a flag, and its text the --help."""
+    micro_multiple = 1  # no flag: the samples that are handled at once must be a multiple of it
+
     out: str = flag("", "the run's folder; the same command again resumes what lies there", "run")
     resume: str = flag("", "folder of another run of the same configuration, to continue from its "
                        "checkpoints", "run")
@@ -273,12 +275,14 @@ def less_memory(argv):
     config, world = parsed[-1], int(os.environ.get("WORLD_SIZE", 1))
     local = config.batch_size // world
     at_once = min(config.micro_batch or local, local)
-    fewer = next((n for n in range(at_once // 2, 0, -1) if local % n == 0), 0)
+    fewer = next((n for n in range(at_once // 2, 0, -1)
+                  if local % n == 0 and n % config.micro_multiple == 0), 0)
     remedies = [f"give --micro-batch {fewer}, {at_once} samples are handled at once now"] * (fewer > 0)
     remedies += ["--gradient-checkpointing"] * (not config.gradient_checkpointing)
-    remedies += ["--cache-latents"] * (not config.cache_latents and bool(getattr(config, "model", "")))
     remedies += ["--shard"] * (world > 1 and not config.shard)
-    remedies += ["with another --out, --precision bf16"] * (config.precision != "bf16")
+    bound = ["--cache-latents"] * (not config.cache_latents and bool(getattr(config, "model", "")))
+    bound += ["--precision bf16"] * (config.precision != "bf16")
+    remedies += [f"with another --out, {' or '.join(bound)}"] * bool(bound)
     processes = f"--processes {world} " * (world > 1)
     return (f"{'; or '.join(remedies) or 'it takes a GPU with more memory'}; what is saved is kept, and what "
             f"a run takes is told by python tools/forecast.py {processes}{Path(argv[0]).name} with its flags")

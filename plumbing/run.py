@@ -112,11 +112,11 @@ class Run:
     """One training run: its device, its random numbers and batches, its updates, its folder config.out.
 
     config: a plumbing.cli.RunFlags with iterations and batch_size (global). bound: the flags that a
-    continuation must repeat; by default all but cli.FREE. A micro-batch must be a multiple of micro_multiple.
-    Raises UserError, with nothing written, if the config cannot work here.
+    continuation must repeat; by default all but cli.FREE. Raises UserError, with nothing written, if the
+    config cannot work here.
     """
 
-    def __init__(self, config, bound=None, micro_multiple=1):
+    def __init__(self, config, bound=None):
         self.bound = bound_flags(type(config)) if bound is None else bound
         self.config, self.out = config, Path(config.out)
         self.checkpoints = self.out / "checkpoint"
@@ -131,9 +131,9 @@ class Run:
         micro = min(config.micro_batch or local, local)
         if local % micro:
             raise UserError(f"--micro-batch {micro}: does not divide the {local} samples of each process")
-        if micro % micro_multiple:
+        if micro % config.micro_multiple:
             raise UserError(f"--batch-size {config.batch_size}: gives {micro} samples at once, "
-                            f"which must be a multiple of {micro_multiple}")
+                            f"which must be a multiple of {config.micro_multiple}")
         # Whether this process draws samples: the first does; with a sharded network all must, for its blocks
         # are gathered from all.
         self.shows = self.rank == 0 or config.shard

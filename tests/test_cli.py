@@ -33,7 +33,7 @@ from plumbing.cli import (
     read_config,
     read_metrics,
 )
-from plumbing.run import start_processes
+from plumbing.run import Run, start_processes
 from plumbing.students import CONVERTED_BY
 
 SCRIPTS = [yoso, swiftbrush_v2, diff_instruct_star]
@@ -303,10 +303,27 @@ def test_out_of_memory_says_what_to_lower(monkeypatch, capsys):
         lines.append(text.split("); ")[1])
     one, two, all_given = lines
     assert one.startswith("give --micro-batch 12, 24 samples are handled at once now; or --gradient-checkpo"
-                          "inting; or --cache-latents; or with another --out, --precision bf16; ")
+                          "inting; or with another --out, --cache-latents or --precision bf16; ")
     assert two.startswith("give --micro-batch 2, 4 samples") and "; or --shard; or with another --out" in two
     assert "forecast.py --processes 2 script.py with its flags" in two
     assert all_given.startswith("it takes a GPU with more memory; ")
+
+
+@pytest.mark.parametrize("batch, micro, fewer", [(24, 0, 12), (24, 12, 4), (12, 0, 4), (8, 4, 0)])
+def test_the_advice_can_be_followed(monkeypatch, capsys, batch, micro, fewer):
+    """A micro-batch that the run takes: from scratch D compares samples in groups of four."""
+    flags = [*TINY, "--batch-size", str(batch), "--micro-batch", str(micro)]
+    config = parse_config(yoso.Config, yoso.PRESETS, flags, "")
+    code, text = told(monkeypatch, capsys, MemoryError())
+    assert f"give --micro-batch {fewer}," in text if fewer else "--micro-batch" not in text
+    Run(dataclasses.replace(config, micro_batch=fewer))
+
+
+def test_what_a_continuation_must_repeat_is_advised_with_another_folder(monkeypatch, capsys):
+    parse_config(yoso.Config, yoso.PRESETS, ["--model", "x", "--dataset", "y"], "")
+    advice = told(monkeypatch, capsys, MemoryError())[1].split("); ")[1].split("; what is saved")[0]
+    free = advice.split("with another --out")[0]
+    assert not [name for name in bound_flags(yoso.Config) if f"--{name.replace('_', '-')}" in free]
 
 
 def test_an_error_is_one_line(monkeypatch, capsys):

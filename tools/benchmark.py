@@ -55,8 +55,7 @@ SEPARATE, PLAIN = "step with a separate LoRA teacher", "step with one plain back
 
 def cast_of(script, config, folder):
     """(run, models, batch) of one training: its Run, its Models, and what train_step gets of the data."""
-    group = yoso.Discriminator.GROUP if script is yoso and not config.model else 1
-    run = Run(replace(config, out=str(folder)), micro_multiple=group)
+    run = Run(replace(config, out=str(folder)))
     n = run.rows.stop - run.rows.start
     if script is swiftbrush_v2:
         loaded = script.load_networks(config, run.device)

@@ -291,7 +291,7 @@ def step_of(script, config):
     The data are empty pictures and prompts. With
     --cache-latents it writes their conditions to config.out.
     """
-    run = Run(config, micro_multiple=yoso.Discriminator.GROUP if script is yoso and not config.model else 1)
+    run = Run(config)
     every = 1  # iterations between those that do more
     if script is yoso:
         models = script.build(config, run)
