@@ -548,7 +548,9 @@ def train(config):
                 with models.ema.applied():
                     remember_before(run, before, models, prompts)
             run.wait()
-        set_rates(warmup_share(iteration, config.lr_warmup), models.optimizer, models.optimizer_assistant)
+        set_rates(warmup_share(iteration, config.lr_warmup), models.optimizer_assistant)
+        # From the student's first update on; before that its rate has no effect.
+        set_rates(warmup_share(iteration - config.assistant_warmup, config.lr_warmup), models.optimizer)
         losses = train_step(iteration, y, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break

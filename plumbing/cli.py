@@ -65,8 +65,8 @@ class RunFlags:
                         "missing one and ends", "run", least=1)
     track: str = flag("", "also write the log for this tracker into OUT (pip install tensorboard)", "run",
                       choices=("", "tensorboard"))
-    lr_warmup: int = flag(0, "iterations at the start over which all learning rates rise linearly, 0: none; "
-                          "DMD2: 500", least=0)
+    lr_warmup: int = flag(0, "iterations over which a network's learning rate rises linearly, from its first "
+                          "update on, 0: none; not in a conversion or adaptation; DMD2: 500", least=0)
     lora_init: str = flag("default", "start of a LoRA's A: default, peft's and that of the authors' scripts; "
                           "gaussian, with a standard deviation of 1 / rank", choices=("default", "gaussian"))
     log_every: int = flag(50, "iterations between lines of metrics.jsonl", "run", least=1)

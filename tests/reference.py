@@ -145,7 +145,9 @@ def perceptual(m, a, b):
 
 
 def warm_up(iteration, config, optimizers_and_rates):
-    """The rates rise in equal steps, to their values in iteration lr_warmup - 1."""
+    """The rates rise in equal steps, to their values in iteration lr_warmup - 1; iteration 0 is the first
+    that updates what has them.
+    """
     for optimizer, rate in optimizers_and_rates:
         for group in optimizer.param_groups:
             group["lr"] = rate * (iteration + 1) / config.lr_warmup if iteration < config.lr_warmup else rate
@@ -315,7 +317,8 @@ def diff_instruct_optimizers(m, config):
 
 def diff_instruct(iteration, prompts, config, draws, m):
     """One iteration: the assistant's updates, then, once its warm-up is over, the student's."""
-    warm_up(iteration, config, [(m.optimizer, config.lr), (m.optimizer_assistant, config.lr_assistant)])
+    warm_up(iteration, config, [(m.optimizer_assistant, config.lr_assistant)])
+    warm_up(iteration - config.assistant_warmup, config, [(m.optimizer, config.lr)])
     alpha, sigma, K = m.reference.alpha, m.reference.sigma, config.score_updates
     cond, null = condition(m, prompts), condition(m, [""] * len(prompts))
     for k in range(K):
