@@ -47,7 +47,7 @@ class RunFlags:
     seed: int = flag(0, "of weights, order of the data, and noise", "run", **SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps", "run")
     precision: str = flag("fp32", "of the networks: fp32 throughout; tf32, products of rounded factors on "
-                          "GPUs; bf16, by autocast; weights and losses stay fp32", "run",
+                          "GPUs; bf16, by autocast; trained weights and losses stay fp32", "run",
                           choices=("fp32", "tf32", "bf16"))
     compile: bool = flag(False, "torch.compile the networks, where no adapter is switched and no R1 "
                          "differentiates twice", "run")

@@ -326,7 +326,7 @@ class Run:
     def autocast(self):
         """bf16 for the networks under --precision bf16, the VAE and the text encoders too.
 
-        float32 stay: weights, gradients, moments and averages; the conversion of a prediction, for
+        float32 stay: trained weights, gradients, moments and averages; the conversion of a prediction, for
         sigma_T / alpha_T magnifies its rounding in x0; losses; and the adaptation's teacher.
         """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
