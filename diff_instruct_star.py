@@ -56,8 +56,8 @@ from plumbing.files import agreed, check_folder, note_of, open_tensors, write_te
 from plumbing.grids import save_grid, save_samples
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import shard
-from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_student, load_teacher, model_card,
-                               starting_student)
+from plumbing.students import (CONVERTED_BY, check_highest, convert, dense_copy, export_student, load_teacher,
+                               model_card, starting_student)
 
 
 # Configuration: the defaults are the paper's SDXL run; a preset changes what it names
@@ -270,9 +270,7 @@ class Models:
 def load_networks(config, device):
     """Loads the networks of a run. Raises UserError if the flags do not fit the model."""
     reference, codec = load_teacher(config.model, config.dataset, device)
-    if config.t_max >= len(reference.schedule):
-        last = len(reference.schedule) - 1
-        raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {last}")
+    check_highest(config, reference.schedule)
     if not codec.has_null and (config.alpha_cfg, config.teacher_guidance) != (0.0, 1.0):
         raise UserError(f"--alpha-cfg {config.alpha_cfg} --teacher-guidance {config.teacher_guidance}: "
                         f"{config.model} has no empty condition to guide by; "

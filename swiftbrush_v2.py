@@ -57,8 +57,8 @@ from plumbing.files import check_folder, digest
 from plumbing.grids import save_grid, save_samples
 from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import class_of, shard
-from plumbing.students import (CONVERTED_BY, convert, dense_copy, export_one_step, export_student, fold_lora,
-                               load_teacher, model_card, starting_student)
+from plumbing.students import (CONVERTED_BY, check_highest, convert, dense_copy, export_one_step,
+                               export_student, fold_lora, load_teacher, model_card, starting_student)
 from supplements.negative import steered
 from supplements.sizes import resized
 
@@ -269,9 +269,7 @@ def load_networks(config, device):
     Raises UserError if the flags do not fit the model.
     """
     teacher, codec = load_teacher(config.model, config.dataset, device)
-    if config.t_max >= len(teacher.schedule):
-        last = len(teacher.schedule) - 1
-        raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {last}")
+    check_highest(config, teacher.schedule)
     if config.regularise and config.regularise_steps > len(teacher.schedule):
         raise UserError(f"--regularise-steps {config.regularise_steps}: the model has "
                         f"{len(teacher.schedule)} timesteps")

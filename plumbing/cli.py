@@ -53,8 +53,8 @@ class RunFlags:
                          "differentiates twice", "run")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, "
                                         "more time", "run")
-    micro_batch: int = flag(0, "samples a process handles at once, at most, 0: all; changes memory, not the "
-                            "result", "run", least=0)
+    micro_batch: int = flag(0, "samples a process handles at once, 0: all; fewer if so many do not divide "
+                            "its batch; changes memory, not the result", "run", least=0)
     shard: bool = flag(False, "FSDP2: every process keeps its part of weights, gradients, moments and "
                        "averages", "run")
     cache_latents: bool = flag(False, "encode pictures and captions once, float16, to OUT/cache; the text "
@@ -268,15 +268,20 @@ def run_command(main):
             dist.destroy_process_group()
 
 
+def samples_at_once(config, local, most):
+    """The largest divisor of a process's `local` samples that is at most so many; 0: there is none."""
+    return next((n for n in range(min(most, local), 0, -1)
+                 if local % n == 0 and n % config.micro_multiple == 0), 0)
+
+
 def less_memory(argv):
     """What to do about a command line that ran out of memory, in the order in which it costs least."""
     if not parsed or not hasattr(parsed[-1], "batch_size"):
         return "lower --num or --batch-size, or what else is large"
     config, world = parsed[-1], int(os.environ.get("WORLD_SIZE", 1))
     local = config.batch_size // world
-    at_once = min(config.micro_batch or local, local)
-    fewer = next((n for n in range(at_once // 2, 0, -1)
-                  if local % n == 0 and n % config.micro_multiple == 0), 0)
+    at_once = samples_at_once(config, local, config.micro_batch or local)
+    fewer = samples_at_once(config, local, at_once // 2)
     remedies = [f"give --micro-batch {fewer}, {at_once} samples are handled at once now"] * (fewer > 0)
     remedies += ["--gradient-checkpointing"] * (not config.gradient_checkpointing)
     remedies += ["--shard"] * (world > 1 and not config.shard)

@@ -31,7 +31,7 @@ from plumbing.checkpoint import (
     sweep,
     write_checkpoint,
 )
-from plumbing.cli import bound_flags
+from plumbing.cli import bound_flags, samples_at_once
 from plumbing.data import permutation, sample_order, to_floats
 from plumbing.files import (
     agreed,
@@ -128,12 +128,12 @@ class Run:
             raise UserError(f"--batch-size {config.batch_size}: the global batch is not divisible by "
                             f"{self.world} processes")
         local = config.batch_size // self.world
-        micro = min(config.micro_batch or local, local)
-        if local % micro:
-            raise UserError(f"--micro-batch {micro}: does not divide the {local} samples of each process")
-        if micro % config.micro_multiple:
-            raise UserError(f"--batch-size {config.batch_size}: gives {micro} samples at once, "
-                            f"which must be a multiple of {config.micro_multiple}")
+        if local % config.micro_multiple:
+            raise UserError(f"--batch-size {config.batch_size}: gives each process {local} samples, which "
+                            f"must be a multiple of {config.micro_multiple}")
+        micro = samples_at_once(config, local, config.micro_batch or local)
+        if not micro:
+            raise UserError(f"--micro-batch {config.micro_batch}: must be at least {config.micro_multiple}")
         # Whether this process draws samples: the first does; with a sharded network all must, for its blocks
         # are gathered from all.
         self.shows = self.rank == 0 or config.shard

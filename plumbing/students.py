@@ -31,6 +31,15 @@ def load_teacher(model, dataset, device):
         raise
 
 
+def check_highest(config, schedule):
+    """Raises UserError if --t-max is no timestep of the model, or x0 cannot be had there to weight by."""
+    if config.t_max >= len(schedule):
+        raise UserError(f"--t-max {config.t_max}: the model has the timesteps 0 to {len(schedule) - 1}")
+    if config.weighting == "x0" and schedule.alpha[config.t_max] == 0:
+        raise UserError(f"--t-max {config.t_max}: the model's alpha is 0 there, so --weighting x0 has no x0; "
+                        "give a lower one")
+
+
 def starting_student(student, lora, model, teacher, codec):
     """The frozen Denoiser that a one-step student starts from: --student, or --model, either with --lora.
 

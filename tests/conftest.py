@@ -22,7 +22,7 @@ def pytest_cmdline_main(config):
     A file's tests stay in one process, for they share the file's models. The files come in their own order:
     by size test_shard.py would be last, alone.
     """
-    if config.option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
+    if getattr(config.option, "numprocesses", 0) is None and "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses, config.option.dist, config.option.loadscopereorder = 2, "loadfile", False
 
 

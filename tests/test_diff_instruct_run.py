@@ -340,6 +340,10 @@ def test_wrong_input(folder, tmp_path):
     blocks = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
                   num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
     AutoencoderTiny(latent_channels=16, **blocks).save_pretrained(tmp_path / "wide")
+    zero_snr = tiny.sd()
+    zero_snr.scheduler = tiny.scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    zero_snr.save_pretrained(tmp_path / "zero_snr")
+    no_signal = ["--model", tmp_path / "zero_snr", "--weighting", "x0", "--t-max", 999]
     none = ["--alpha-rew", 0, "--reward", "", "--probe", ""]
     for more, message in (
             (["--reward", bad], "cannot be loaded as a CLIPModel"),
@@ -347,6 +351,7 @@ def test_wrong_input(folder, tmp_path):
             (["--model", tmp_path / "plain"], "no empty condition to guide by"),
             (["--model", tmp_path / "without_null", *none], "no empty condition"),
             (["--student-timestep", 1000], "ends at 999"), (["--t-max", 1000], "0 to 999"),
+            (no_signal, "--t-max 999: the model's alpha is 0 there"),
             (["--student", tmp_path / "other.safetensors"], "not weights of"),
             (["--student", tmp_path / "broken.bin"], "not weights of"),
             (["--student", tmp_path / "none.bin"], "not weights of"),

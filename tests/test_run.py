@@ -131,9 +131,11 @@ def test_float32_is_rounded_to_tf32_only_where_it_is_asked_for(precision, tmp_pa
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (rounded, rounded)
 
 
-def test_a_micro_batch_is_at_most_the_samples_of_a_process(tmp_path):
-    run = run_of(tmp_path, micro_batch=4096)
-    assert run.micro_batches == [slice(0, 8)]
+@pytest.mark.parametrize("most, handled", [(4096, 8), (8, 8), (7, 4), (3, 2), (1, 1), (0, 8)])
+def test_a_micro_batch_is_the_largest_that_divides_the_samples_of_a_process(tmp_path, most, handled):
+    """So a preset's number fits every --batch-size."""
+    run = run_of(tmp_path, micro_batch=most)
+    assert run.micro_batches == [slice(i, i + handled) for i in range(0, 8, handled)]
 
 
 def test_networks_run_in_bf16_and_weights_stay_float32(tmp_path):

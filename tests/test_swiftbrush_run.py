@@ -320,12 +320,17 @@ def test_wrong_input(folder, tmp_path):
     short = tiny.sd()
     short.scheduler = tiny.scheduler(num_train_timesteps=100)
     short.save_pretrained(tmp_path / "short")
+    zero_snr = tiny.sd()
+    zero_snr.scheduler = tiny.scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    zero_snr.save_pretrained(tmp_path / "zero_snr")
+    no_signal = ["--model", tmp_path / "zero_snr", "--weighting", "x0", "--t-max", 999]
     steps = ["--t-max", 50, "--regularise", "pairs", "--regularise-steps", 101]
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     for more, message in (
             (["--student", tmp_path / "pixel"], "x0 of shape"), (["--prompts", empty], "no prompt"),
             (["--student", tmp_path / "other"], "another architecture"), (["--t-max", 1000], "0 to 999"),
+            (no_signal, "--t-max 999: the model's alpha is 0 there"),
             (["--stage", "merge"], "run --stage a first"), (["--decoder", tmp_path], "--decoder"),
             (["--clip", tmp_path], "CLIPModel"), (["--model", "nobody/nothing"], "hub"),
             (["--model", tmp_path / "short", *steps], "--regularise-steps 101: the model has 100 timesteps"),

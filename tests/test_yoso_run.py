@@ -624,7 +624,6 @@ def test_flags_that_do_not_fit_a_model(models, finished, tmp_path):
             (["--generator", tmp_path / "other"], r"shape and scale \(.*, 0.5\), --model's \(.*, 0.18215\)"),
             (["--generator", tmp_path / "pixels"], "--model's .*; give two of the same VAE, or --generate"),
             (["--dataset", ""], "give a folder of captioned pictures"),
-            (["--micro-batch", 3], "does not divide"),
             (["--model", models / "pixart"], "has no UNet"),
             (["--model", tmp_path / "pixels"], "works on pixels"),
             (["--discriminator", tmp_path / "other"], "its latents have 4 channels and the scale 0.5"),

@@ -54,7 +54,7 @@ import forecast
 import plumbing.run
 import plumbing.shard
 from common import Codec, Denoiser, NoiseSchedule, Scorer, UserError, enable_checkpointing, hold_in_bf16
-from plumbing.cli import Parser, check_flags, check_writable, parse_config, run_command
+from plumbing.cli import Parser, check_flags, check_writable, parse_config, run_command, samples_at_once
 from plumbing.files import write_text
 from plumbing.students import dense_copy
 
@@ -395,7 +395,7 @@ def costs_of(recipe, folder, most=2):
     costs = []
     for title, training, make in trainings:
         local = config.batch_size // recipe.GPUs
-        micro = min(config.micro_batch or local, local)
+        micro = samples_at_once(config, local, config.micro_batch or local)
         parts = local // micro
         counted = min(parts, most) if config.model else parts
         part = replace(training, out=str(folder), device="cpu", batch_size=counted * micro, micro_batch=micro)
