@@ -59,6 +59,7 @@ from plumbing.run import Run, choose_device, start_processes
 from plumbing.shard import class_of, shard
 from plumbing.students import (CONVERTED_BY, check_highest, convert, dense_copy, export_one_step,
                                export_student, fold_lora, load_teacher, model_card, starting_student)
+from supplements.composition import draw_composed
 from supplements.negative import steered
 from supplements.sizes import resized
 
@@ -656,9 +657,19 @@ def sample_command(argv):
     parser.add_argument("--negative-scale", type=float, default=0.8, metavar="ALPHA",
                         help="its weight; the default is the mini model's; SNOOPI: 0.1 for SD 1.5, 0.2 for "
                         "SD 2.1, 0.5 for PixArt [%(default)s]")
+    parser.add_argument("--compose", nargs="+", default=[], metavar="OBJECT",
+                        help="move the noise until these objects of the prompts, each with the word before "
+                        "it, are attended to (Divide-and-Bind)")
+    parser.add_argument("--compose-steps", type=int, default=5, metavar="N",
+                        help="its updates; the default is a mini model's; the supplement: 100 [%(default)s]")
+    parser.add_argument("--compose-scale", type=float, default=200.0, metavar="SCALE",
+                        help="its rate; the default is a mini model's; the supplement: 20 [%(default)s]")
     args = parser.parse_args(argv)
     check_sample_flags(args)
-    check_flags(args, negative_scale=dict(least=0))
+    check_flags(args, negative_scale=dict(least=0), compose_steps=dict(least=0, most=10_000),
+                compose_scale=dict(least=0))
+    if args.compose and (args.slerp or args.size or args.negative):
+        raise UserError("--compose: works alone; leave out --slerp, --size and --negative")
     run = Path(args.run)
     folders = dict(merged=run / "pipeline", b=run / "b" / "pipeline", a=run / "a" / "pipeline")
     if (run / "model_index.json").exists():
@@ -679,7 +690,9 @@ def sample_command(argv):
             prompts = [f"from {prompts[0]} to {prompts[-1]}"] * args.num
         else:
             prompts = [prompts[i % len(prompts)] for i in range(args.num)]
-            images = draw_samples(student, codec, prompts, args.seed)
+            images = (draw_composed(student, codec, prompts, args.seed, args.compose, args.compose_steps,
+                                    args.compose_scale) if args.compose
+                      else draw_samples(student, codec, prompts, args.seed))
     save_samples(args, images, prompts, args.num if args.slerp else 8)
     print(f"{args.num} one-step pictures of student {found[0]}: {args.grid}")
 

@@ -22,19 +22,22 @@ from tqdm import tqdm
 
 from common import Draws, InformativePrior, UserError, class_labels, load, one_line, one_step
 from plumbing.files import agreed, beside, claim_folder, states_of, write_text, writing
-from plumbing.shapes import Shapes
+from plumbing.shapes import Shapes, TwoShapes
 
 MOST_PIXELS = 2**26  # of a picture; while so many of a transparent one are put on white they take 1 GB
 
 
 def load_dataset(name, size, seed=0):
-    """"shapes", "shapes-rolled", "cifar10", or a folder of pictures, tar or parquet files -> a Dataset.
+    """The Dataset of a name, shapes, shapes-rolled, shapes-two or cifar10, or of a folder of pictures.
 
-    A sample is {"image": uint8 [3, size, size], "caption": str, "skipped": [unreadable pictures' names, each
-    with the reason in brackets]}. Raises UserError if there is no such dataset, or no readable picture in it.
+    A folder may hold tar or parquet files of them. A sample is {"image": uint8 [3, size, size], "caption":
+    str, "skipped": [unreadable pictures' names, each with the reason in brackets]}. Raises UserError if there
+    is no such dataset, or no readable picture in it.
     """
     if name in ("shapes", "shapes-rolled"):
         return Shapes(size, seed, name == "shapes-rolled")
+    if name == "shapes-two":
+        return TwoShapes(size, seed)
     if name == "cifar10":
         return Cifar10(size)
     if not name or not Path(name).is_dir():

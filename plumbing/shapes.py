@@ -1,5 +1,7 @@
 """The embedded dataset: pictures drawn by code, each with its caption."""
 
+from itertools import permutations
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -101,3 +103,53 @@ class Shapes(Dataset):
         # DataLoader asks for a whole batch by this name, which is then drawn at once.
         a = self.attributes(indices)
         return [dict(image=x, caption=c, skipped=[]) for x, c in zip(self.draw(a), self.captions(a))]
+
+
+class TwoShapes(Shapes):
+    """Two shapes a picture, of two kinds and two colours, drawn by rule like those of Shapes.
+
+    A caption is "a red circle and a blue square on white". One is in the left half, one in the right, and the
+    caption does not say which.
+    """
+
+    RADII = (0.16, 0.20)  # the widest triangle is then as wide as a half, to 0.002
+
+    def attributes(self, indices):
+        """colour, shape, radius, x and y [N, 2], of the first and the second shape; background [N]."""
+        u = np.stack([np.random.default_rng([self.seed, i]).random(12) for i in indices])
+        u = torch.tensor(u, dtype=torch.float32)
+        words = dict(background=(u[:, 0] * len(BACKGROUNDS)).long())
+        for name, part, names in (("colour", u[:, 1:3], COLOURS), ("shape", u[:, 3:5], SHAPES)):
+            first = (part[:, 0] * len(names)).long()
+            second = first + 1 + (part[:, 1] * (len(names) - 1)).long()
+            words[name] = torch.stack([first, second % len(names)], 1)
+        low, high = self.RADII
+        radius = low + u[:, 5:7] * (high - low)
+        half = radius * HALF[words["shape"]]
+        left = torch.stack([u[:, 7] < 0.5, u[:, 7] >= 0.5], 1)
+        x = half + u[:, 8:10] * (0.5 - 2 * half) + torch.where(left, 0, 0.5)
+        return dict(**words, radius=radius, x=x, y=half + u[:, 10:12] * (1 - 2 * half))
+
+    @staticmethod
+    def all_captions():
+        """Every caption once, 216 of them."""
+        return [f"a {colour} {shape} and a {other_colour} {other_shape} on {background}"
+                for colour, other_colour in permutations(COLOURS, 2)
+                for shape, other_shape in permutations(SHAPES, 2) for background in BACKGROUNDS]
+
+    def captions(self, attributes):
+        """The pictures' captions, such as "a red circle and a blue square on white"."""
+        colours, shapes, backgrounds = map(list, (COLOURS, SHAPES, BACKGROUNDS))
+        keys = zip(*(attributes[k].tolist() for k in ("colour", "shape", "background")))
+        return [f"a {colours[c]} {shapes[s]} and a {colours[d]} {shapes[t]} on {backgrounds[b]}"
+                for (c, d), (s, t), b in keys]
+
+    def draw(self, attributes):
+        """Attributes -> uint8 pictures [N, 3, size, size]."""
+        a, colours = attributes, torch.tensor(list(COLOURS.values()))
+        picture = torch.tensor(list(BACKGROUNDS.values()))[a["background"]][:, :, None, None]
+        for i in range(2):
+            places = (a[name][:, i] for name in ("shape", "radius", "x", "y"))
+            mask = coverage(*places, self.size)[:, None]
+            picture = picture + mask * (colours[a["colour"][:, i]][:, :, None, None] - picture)
+        return (picture * 255).round().to(torch.uint8)

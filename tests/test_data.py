@@ -17,7 +17,7 @@ import plumbing.data
 from common import UserError
 from plumbing.data import generate_folder, load_dataset, read_picture, reason, sample_order
 from plumbing.grids import save_grid
-from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Shapes, coverage
+from plumbing.shapes import BACKGROUNDS, COLOURS, HALF, SHAPES, SIZES, Shapes, coverage
 
 ATTRIBUTES = ("colour", "background", "shape", "scale")
 
@@ -45,6 +45,26 @@ def test_rolled_shapes_have_other_colours_for_the_same_words():
     other = rolled.attributes(range(40, 80), like=attributes)
     assert rolled.captions(other) == rolled.captions(attributes)
     assert not torch.equal(other["x"], attributes["x"])
+
+
+def test_two_shapes_differ_and_stand_apart():
+    """Two kinds, two colours, one shape in each half; picture and caption say the same."""
+    dataset = load_dataset("shapes-two", 32, seed=3)
+    a = dataset.attributes(range(2000))
+    assert (a["colour"][:, 0] != a["colour"][:, 1]).all() and (a["shape"][:, 0] != a["shape"][:, 1]).all()
+    captions = dataset.captions(a)
+    assert set(captions) == set(dataset.all_captions()) and len(dataset.all_captions()) == 216
+    assert torch.equal(dataset[7]["image"], dataset.draw(a)[7]) and dataset[7]["caption"] == captions[7]
+    half = a["radius"] * HALF[a["shape"]]
+    assert (a["y"] >= half).all() and (a["y"] <= 1 - half + 1e-6).all()
+    low, high = (a["x"] + sign * half for sign in (-1, 1))
+    right = a["x"] > 0.5
+    assert right.sum(1).eq(1).all() and 0.45 < right[:, 0].float().mean() < 0.55
+    assert (low >= 0.5 * right - 2e-3).all() and (high <= 0.5 + 0.5 * right + 2e-3).all()
+    pictures, palette = dataset.draw(a), torch.tensor(list(COLOURS.values())) * 255
+    for i in range(2):
+        middle = pictures[torch.arange(2000), :, (a["y"][:, i] * 32).long(), (a["x"][:, i] * 32).long()]
+        assert (middle - palette[a["colour"][:, i]]).abs().max() < 1
 
 
 def test_shapes_cover_every_combination_evenly():

@@ -282,6 +282,18 @@ def test_a_base_is_trained_on(tmp_path):
     assert all(torch.equal(v, codec.vae.state_dict()[k]) for k, v in other.vae.state_dict().items())
 
 
+def test_a_bases_autoencoder_is_trained_on(tmp_path):
+    """With --vae: it moves, and its scaling factor gives the dataset's latents unit variance."""
+    tiny.sd().save_pretrained(tmp_path / "sd")
+    pretrain.main(["--base", f"{tmp_path}/sd", "--vae", "--dataset", "shapes-two", "--scale", "0.003",
+                   "--out", f"{tmp_path}/out", "--runs", f"{tmp_path}/runs", "--batch-size", "8",
+                   "--device", "cpu"])
+    (_, codec), (_, other) = load(tmp_path / "sd"), load(tmp_path / "out")
+    assert any(not torch.equal(v, codec.vae.state_dict()[k]) for k, v in other.vae.state_dict().items())
+    pictures = torch.stack([load_dataset("shapes-two", 32)[i]["image"] for i in range(1000)])
+    assert other.encode(evaluate.to_floats(pictures)).std().item() == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--base", "sd", "--schedule", "cosine", "--out", "no"], "--schedule cosine: must be one of sd, pixart"),
     (["--base", "sd"], "--out .*replaced as a whole"), (["--dataset", "folder"], "--out .*replaced"),
@@ -289,6 +301,7 @@ def test_a_base_is_trained_on(tmp_path):
     (["--dataset", "folder", "--out", "tools"], "--out tools: would be replaced as a whole"),
     (["--dataset", "folder", "--out", "."], "--out .: would be replaced as a whole"),
     (["--schedule", "pixart", "--out", "no"], "--schedule: only with --base"),
+    (["--vae", "--out", "no"], "--vae: only with --base"),
     (["--scale", "inf"], "--scale inf: must be above 0 and at most 1000 and finite"),
     (["--dataset", "folder", "--out", "no", "--channels", "16", "40"], "--channels 40: .* multiple of 16"),
     (["--dataset", "folder", "--out", "no", "--image-size", "18"], "--image-size 18: .* multiple of 4"),

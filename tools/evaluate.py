@@ -319,7 +319,7 @@ def asked_for(dataset, prompts, codec, num):
         codec.warn_of_long(texts)
         return [texts[i % len(texts)] for i in range(num)], None
     asked = load_dataset(dataset, codec.picture_size, PROMPT_SEED)
-    if dataset.startswith("shapes"):
+    if dataset in ("shapes", "shapes-rolled"):  # read_shapes knows pictures of one shape
         attributes = asked.attributes(range(num))
         return asked.captions(attributes), asked.shown(attributes)
     return [text for _, captions in dataset_chunks(asked, num, PROMPT_SEED) for text in captions], None

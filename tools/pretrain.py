@@ -6,6 +6,8 @@
                                                                      a base of PixArt's noise schedule
     python tools/pretrain.py --base assets/mini-sd --dataset shapes-rolled --out runs/mini-rolled
                                                                      a base of another palette
+    python tools/pretrain.py --base assets/mini-sd --vae --dataset shapes-two --out runs/mini-two
+                                                                     a base of pictures of two shapes
 
 The mini models are ordinary diffusers and transformers directories, float16 safetensors, 32 x 32 pictures:
   mini-clip       CLIPModel + processor: pictures against captions
@@ -75,6 +77,7 @@ class Config:
     base: str = flag("", "train the UNet of this Stable Diffusion on, on --dataset and for --schedule")
     schedule: str = flag("", "with --base, the noise levels: its own, sd (scaled linear) or pixart (linear)",
                          choices=tuple(SCHEDULES))
+    vae: bool = flag(False, "with --base, train its autoencoder on first, on --dataset")
     preset: str = flag("shapes", "defaults of a teacher: shapes; cifar10, DDPM's, for a GPU; base: of --base")
     out: str = flag("assets", "folder of the mini models; for a teacher or with --base, a folder of its own",
                     needed=True)
@@ -109,6 +112,7 @@ PARTS = {
     "judge": (2500, 128, 1e-3),
     "pickscore": (1500, 128, 3e-4),
     "unet": (9000, 64, 1e-3),
+    "base-vae": (700, 32, 1e-3),
 }
 
 
@@ -126,6 +130,7 @@ class Part(RunFlags):
     attention: bool = False
     base: str = ""
     schedule: str = ""
+    vae: bool = False
 
 
 # Losses
@@ -219,6 +224,19 @@ def train(config, name, build, loss_of, dataset):
     return module.eval().requires_grad_(False)
 
 
+def train_vae(config, name, build, dataset):
+    """An autoencoder; its scaling factor gives the latents of the dataset's first pictures unit variance."""
+    def loss_of_vae(vae, x0, captions, draw, first):
+        posterior = vae.encode(x0).latent_dist
+        z = posterior.mean + posterior.std * draw.randn(*posterior.mean.shape[1:])
+        return vae_loss(vae.decode(z).sample, x0, posterior.kl())
+
+    vae = train(config, name, build, loss_of_vae, dataset)
+    pictures = to_floats(torch.stack([dataset[i]["image"] for i in range(1000)]).to(vae.device))
+    vae.register_to_config(scaling_factor=1 / vae.encode(pictures).latent_dist.mean.std().item())
+    return vae
+
+
 def write(path, save):
     """save(folder), complete or not at all and by one process; says how large it is."""
     if int(os.environ.get("RANK", 0)):
@@ -306,15 +324,8 @@ def train_mini_models(config):
     """All five, in the order in which they need each other; then the held-out measures."""
     shapes, out, tokenizer = Shapes(IMAGE, config.seed), Path(config.out), build_tokenizer()
 
-    def loss_of_vae(vae, x0, captions, draw, first):
-        posterior = vae.encode(x0).latent_dist
-        z = posterior.mean + posterior.std * draw.randn(LATENT_CHANNELS, LATENT, LATENT)
-        return vae_loss(vae.decode(z).sample, x0, posterior.kl())
-
-    vae = train(config, "vae", build_vae, loss_of_vae, shapes)
+    vae = train_vae(config, "vae", build_vae, shapes)
     device = next(vae.parameters()).device
-    pictures = to_floats(shapes.draw(shapes.attributes(range(1000))).to(device))
-    vae.register_to_config(scaling_factor=1 / vae.encode(pictures).latent_dist.mean.std().item())
 
     def loss_of_taesd(taesd, x0, captions, draw, first):
         with torch.no_grad():
@@ -424,7 +435,10 @@ def measure_pickscore(pickscore, tokenizer, num=2000):
 # A pipeline that goes on from another
 
 def train_base(config):
-    """--base with its UNet trained on, on other data or for other noise levels; nothing else changes."""
+    """--base with its UNet trained on, on other data or for other noise levels; nothing else changes.
+
+    With --vae, so is its autoencoder, before.
+    """
     denoiser, codec = load(config.base, choose_device(config.device))
     known = denoiser.prediction_type in ("epsilon", "v_prediction")
     if not known or not isinstance(denoiser.net, UNet2DConditionModel):
@@ -437,8 +451,10 @@ def train_base(config):
         return denoising_loss(unet, schedule, latents, cond, draw, denoiser.prediction_type), {}
 
     dataset = load_dataset(config.dataset, codec.picture_size, config.seed)
-    runs = str(Path(config.runs) / Path(config.out).name)
-    unet = train(replace(config, runs=runs), "base", lambda: denoiser.net, loss_of, dataset)
+    config = replace(config, runs=str(Path(config.runs) / Path(config.out).name))
+    if config.vae:
+        train_vae(config, "base-vae", lambda: codec.vae, dataset)
+    unet = train(config, "base", lambda: denoiser.net, loss_of, dataset)
     codec.pipe.register_modules(unet=unet, scheduler=scheduler)
     write(Path(config.out), codec.pipe.save_pretrained)
 
@@ -484,8 +500,9 @@ def train_pixel_teacher(config):
 def check(config):
     """Raises UserError on flags that cannot work together, and on folders that cannot be written."""
     out, alone = Path(config.out).resolve(), config.base or config.dataset != "shapes"
-    if config.schedule and not config.base:
-        raise UserError("--schedule: only with --base")
+    for name in ("schedule", "vae"):
+        if getattr(config, name) and not config.base:
+            raise UserError(f"--{name}: only with --base")
     if alone and not config.base:
         if odd := [width for width in config.channels if width % GROUPS]:
             raise UserError(f"--channels {odd[0]}: must be a multiple of {GROUPS}")

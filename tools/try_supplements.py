@@ -2,6 +2,8 @@
 
     python tools/try_supplements.py sizes         other sizes than the trained one
     python tools/try_supplements.py negative      negative prompts
+    python tools/try_supplements.py composition --student runs/two/a/pipeline
+                                                  two shapes a picture; of a student trained for them
 
 Prints a table: mean and standard deviation over --seeds of shares of --num pictures, in per cent.
 """
@@ -20,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate import CLEAN, read_shapes, to_uint8
 
 import supplements.sizes
-from common import draw_samples, load
+from common import chunks_of, draw_samples, load, one_step
 from plumbing.cli import SEED, Parser, check_flags, check_writable, run_command
 from plumbing.grids import save_grid
-from plumbing.shapes import BACKGROUNDS, COLOURS, SHAPES, Shapes
+from plumbing.shapes import BACKGROUNDS, COLOURS, HALF, SHAPES, Shapes, TwoShapes, coverage
+from supplements.composition import optimised_noise, tokens_of
 from supplements.negative import steered
 from supplements.sizes import resized
 
@@ -35,6 +38,11 @@ STEERED = [(PLAIN, "yellow", (0, 0.2, 0.4, 0.8)), (PLAIN, "red", (0.4, 0.8)), (P
 # A pixel belongs to a shape if a channel differs by this from the frame, of 255; a shape has at least this
 # share of the pixels of a square picture as high or wide as the shorter side.
 CONTRAST, LEAST = 64, 0.005
+# The seed of the drawings whose captions are composed, as in evaluate.py; updates of the noise, at a rate.
+PROMPT_SEED, UPDATES, RATE = 30_000, (0, 5, 10, 30), 200.0
+# The largest difference between what is found of two shapes and the asked one, in units of the shape's area;
+# drawings of 32 x 32 pixels stay below half of it.
+WORST = 0.3
 
 
 def read_single(images):
@@ -71,6 +79,65 @@ def shares_of_single(images, prompts):
         for i, name, names in (2, "colour", COLOURS), (3, "shape", SHAPES), (5, "background", BACKGROUNDS):
             right = right & (read[name] == torch.tensor([list(names).index(word[i]) for word in words]))
     return [hits.sum().item() / len(images) for hits in (one, clean, right)]
+
+
+def found_shapes(images, colour, shape, background):
+    """Whether each picture shows the asked shape in the asked colour: bool [N].
+
+    images: uint8 [N, 3, S, S]; colour, shape, background: indices [N]. The pixels nearer to the colour than
+    half the way to the background are one mask. Its area and centre of mass give each kind's drawing of the
+    same area and centre, with no search; the kind whose drawing differs least must be the asked one.
+    """
+    size = images.shape[-1]
+    palette, backgrounds = (torch.tensor(list(c.values())) for c in (COLOURS, BACKGROUNDS))
+    asked, behind = palette[colour], backgrounds[background]
+    near = (images / 255 - asked[:, :, None, None]).norm(dim=1)
+    mask = (near < ((asked - behind).norm(dim=1) / 2)[:, None, None]).float()
+    area = mask.sum((1, 2)).clamp_min(1)
+    place = (torch.arange(size) + 0.5) / size
+    x, y = (mask.sum(1) * place).sum(1) / area, (mask.sum(2) * place).sum(1) / area
+    radius = (area / torch.pi).sqrt() / size
+    differences = []
+    for kind in range(len(SHAPES)):
+        # A triangle's centre of mass lies a third of half its height below the middle of its box.
+        middle = y - radius * HALF[kind] / 3 * (SHAPES[kind] == "triangle")
+        drawing = coverage(torch.full_like(shape, kind), radius, x, middle, size)
+        differences.append((mask - drawing).abs().sum((1, 2)) / area)
+    least, kind = torch.stack(differences).min(0)
+    low, high = TwoShapes.RADII
+    return (kind == shape) & (least < WORST) & (radius > low * 0.75) & (radius < high * 1.25)
+
+
+def both_shapes(images, attributes):
+    """found_shapes of both shapes that the attributes of TwoShapes ask for: bool [N, 2]."""
+    return torch.stack([found_shapes(images, attributes["colour"][:, i], attributes["shape"][:, i],
+                                     attributes["background"]) for i in range(2)], 1)
+
+
+def drawn_composed(student, codec, prompts, seed):
+    """{updates: pictures [N, 3, H, W]} for UPDATES, and with noise moved elsewhere, as far as by ten."""
+    rows = {name: [] for name in [*(f"{n} updates" for n in UPDATES), "10, at random"]}
+    for y, z in chunks_of(prompts, codec, seed):
+        cond, tokens = codec.cond(y), [tokens_of(codec.pipe.tokenizer, prompt, SHAPES) for prompt in y]
+        noises = [optimised_noise(student, z, cond, tokens, n, RATE) for n in UPDATES]
+        step = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        far, near = (x.square().sum((1, 2, 3), keepdim=True).sqrt()
+                     for x in (noises[UPDATES.index(10)] - z, step))
+        noises.append(z + step * far / near)
+        for pictures, noise in zip(rows.values(), noises):
+            with torch.no_grad():
+                pictures.append(codec.decode(one_step(student, noise, cond)).clamp(-1, 1))
+    return {name: torch.cat(pictures) for name, pictures in rows.items()}
+
+
+def shares_of_composition(student, codec, num, seed):
+    """{updates: the shares of pictures with both shapes in their colours, and of shapes that are}."""
+    dataset = TwoShapes(codec.picture_size, PROMPT_SEED)
+    attributes, shares = dataset.attributes(range(num)), {}
+    for name, pictures in drawn_composed(student, codec, dataset.captions(attributes), seed).items():
+        right = both_shapes(to_uint8(pictures), attributes).float()
+        shares[name] = [right.prod(1).mean().item(), right.mean().item()]
+    return shares
 
 
 def shares_of_sizes(student, codec, num, seed):
@@ -126,14 +193,24 @@ def grid_of_negative(student, codec, path):
     save_grid(torch.cat(list(rows.values())), path, 6, "--grid", rows=list(rows))
 
 
+def grid_of_composition(student, codec, path):
+    """Rows: updates of the noise; the first prompts, not chosen."""
+    dataset = TwoShapes(codec.picture_size, PROMPT_SEED)
+    prompts = dataset.captions(dataset.attributes(range(12)))
+    rows = drawn_composed(student, codec, prompts, 0)
+    save_grid(torch.cat(list(rows.values())), path, 12, "--grid", rows=list(rows), captions=prompts)
+
+
 WHAT = dict(sizes=(shares_of_sizes, grid_of_sizes, ["one shape", "one clean shape", "the caption's"]),
-            negative=(shares_of_negative, grid_of_negative, ["clean", *COLOURS]))
+            negative=(shares_of_negative, grid_of_negative, ["clean", *COLOURS]),
+            composition=(shares_of_composition, grid_of_composition, ["both shapes", "a shape"]))
 
 
 def main(argv):
     """The command line."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=WHAT, help="the supplement")
+    parser.add_argument("--student", default=STUDENT, help="its pipeline [assets/mini-student]")
     parser.add_argument("--num", type=int, default=500, help="pictures a row and seed [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise [0 1 2]")
     parser.add_argument("--grid", default="supplement.png", help="the PNG to write [%(default)s]")
@@ -141,7 +218,7 @@ def main(argv):
     check_flags(args, num=dict(least=1, most=100_000), seeds=SEED)
     check_writable(args.grid, "--grid", ".png", deep=True)
     shares_of, grid_of, columns = WHAT[args.what]
-    student, codec = load(STUDENT)
+    student, codec = load(args.student)
     grid_of(student, codec, args.grid)
     by_seed = [shares_of(student, codec, args.num, seed) for seed in args.seeds]
     print(" | ".join(["", args.what, *columns, ""]).strip())
