@@ -10,6 +10,7 @@ import try_supplements
 
 import swiftbrush_v2
 from common import Denoiser, NoiseSchedule, UserError, chunks_of, draw_samples, load, one_step
+from plumbing.data import to_floats
 from plumbing.shapes import BACKGROUNDS, SHAPES, TwoShapes
 from supplements import composition
 
@@ -243,6 +244,16 @@ def test_the_reader_of_two_shapes():
     assert not try_supplements.both_shapes(torn, a).any()
     blank = torch.full((1000, 3, 32, 32), 255, dtype=torch.uint8)
     assert not try_supplements.both_shapes(blank, a).any()
+
+
+def test_a_picture_is_right_with_both_shapes(mini, monkeypatch):
+    """And half right with one, whatever the rows are."""
+    dataset = TwoShapes(32, try_supplements.PROMPT_SEED)
+    a = dataset.attributes(range(40))
+    half = dataset.draw(a | dict(shape=torch.stack([a["shape"][:, 0], 3 - a["shape"].sum(1)], 1)))
+    rows = {name: to_floats(pictures) for name, pictures in (("right", dataset.draw(a)), ("half", half))}
+    monkeypatch.setattr(try_supplements, "drawn_composed", lambda *args: rows)
+    assert try_supplements.shares_of_composition(*mini, 40, 0) == dict(right=[1, 1], half=[0, 0.5])
 
 
 def test_the_measurement(capsys, monkeypatch, mini, tmp_path):
