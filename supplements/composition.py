@@ -102,11 +102,11 @@ def tokens_of(tokenizer, prompt, words):
 
     An article or the like is no attribute: None. Raises UserError if none is in what the tokenizer reads.
     """
-    encoded = tokenizer(prompt, truncation=True)
+    encoded, wanted = tokenizer(prompt, truncation=True), {word.lower() for word in words}
     found = [(m[0].lower(), encoded.char_to_token(m.end() - 1)) for m in re.finditer(r"\w+", prompt)]
     before = [("a", None), *found]
     rows = [(token, None if other in NO_ATTRIBUTES else attribute)
-            for (other, attribute), (word, token) in zip(before, found) if word in words]
+            for (other, attribute), (word, token) in zip(before, found) if word in wanted]
     if not rows or any(token is None for token, _ in rows):
         raise UserError(f"--compose {' '.join(words)}: the text encoder reads no such word in the prompt "
                         f"{prompt!r}; name its objects, in its own words")
