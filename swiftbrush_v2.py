@@ -660,7 +660,7 @@ def sample_command(argv):
                         "SD 2.1, 0.5 for PixArt [%(default)s]")
     args = parser.parse_args(argv)
     check_sample_flags(args)
-    check_flags(args, negative_scale=dict(least=0))
+    check_flags(args, size=dict(most=16_384), negative_scale=dict(least=0))
     run = Path(args.run)
     folders = dict(merged=run / "pipeline", b=run / "b" / "pipeline", a=run / "a" / "pipeline")
     if (run / "model_index.json").exists():

@@ -214,6 +214,7 @@ def test_sample_with_supplements(tmp_path):
     (["--size", "60", "64"], "--size 60 64: must be two multiples of 8; the model's own is 32 32"),
     (["--size", "0", "64"], "--size 0 64: must be two multiples of 8"),
     (["--size", "64"], "--size: expected 2"),
+    (["--size", "64", "8000000000000000000"], "--size 8000000000000000000: must be at most 16384"),
     (["--negative", "a \udcff"], r"--negative 'a \\udcff': "),
     (["--negative", "red", "--negative-scale", "-1"], "--negative-scale -1.0: must be at least 0")])
 def test_wrong_flags_of_supplements(tmp_path, more, message):
