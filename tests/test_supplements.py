@@ -138,6 +138,19 @@ def test_single_shapes_are_counted_and_read():
     assert count(torch.cat([pictures[:2], wrong[2:4], empty[4:]]), captions) == [0.5, 0.5, 0.25]
 
 
+def test_the_table_of_a_supplement(tmp_path, monkeypatch, capsys):
+    """Markdown, with the spread of the other tables (n - 1), and none of a single seed."""
+    shares = lambda student, codec, num, seed: {"a row": [(0.5, 0.7, 0.9)[seed], 1.0]}
+    drawn = []
+    monkeypatch.setitem(try_supplements.WHAT, "sizes", (shares, lambda *a: drawn.append(a), ["one", "two"]))
+    flags = ["sizes", "--grid", str(tmp_path / "grid.png"), "--seeds"]
+    try_supplements.main([*flags, "0", "1", "2"])
+    assert capsys.readouterr().out == ("| sizes | one | two |\n|---|---|---|\n"
+                                       "| a row | 70.0 ± 20.0 | 100.0 ± 0.0 |\n")
+    try_supplements.main([*flags, "1"])
+    assert "| a row | 70.0 | 100.0 |\n" in capsys.readouterr().out and len(drawn) == 2
+
+
 # Negative prompts
 
 def test_steered_attention_is_two_attentions_by_hand():
