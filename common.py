@@ -589,7 +589,8 @@ def pipeline_class(path_or_id):
     """
     local, name = Path(path_or_id).is_dir(), str(path_or_id)
     if not local and (Path(path_or_id).exists() or name.count("/") != 1 or name.startswith((".", "/"))):
-        raise UserError(f"{path_or_id}: there is no such directory")
+        raise UserError(f"{path_or_id}: there is no such directory; give that of a diffusers pipeline, "
+                        "or a hub id, OWNER/NAME")
     if local and not (Path(path_or_id) / "model_index.json").is_file():
         raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; "
                         "give the directory that holds one")
