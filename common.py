@@ -661,9 +661,10 @@ class Codec:
                 return dict(encoder_hidden_states=self.pipe.encode_prompt(prompts, **arguments)[0])
             case "StableDiffusionXLPipeline":
                 embeddings, _, pooled, _ = self.pipe.encode_prompt(prompts, **arguments)
-                pixels = self.picture_size
+                pixels = self.picture_size // max(self.shape[1:])
+                size = [side * pixels for side in self.shape[1:]]  # not square under sample --size
                 # Micro-conditioning: original size, crop corner, target size.
-                time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).to(pooled)
+                time_ids = torch.tensor([[*size, 0, 0, *size]]).to(pooled)
                 added = dict(text_embeds=pooled, time_ids=time_ids.expand(len(prompts), -1))
                 return dict(encoder_hidden_states=embeddings, added_cond_kwargs=added)
             case "PixArtAlphaPipeline":

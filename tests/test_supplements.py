@@ -121,6 +121,17 @@ def test_pictures_of_another_size(loaded, kind):
         assert codec.shape == shape and "forward" not in vars(next(redilated_layers(student.net)))
 
 
+def test_sdxl_is_told_the_size(loaded):
+    """Height, then width, as diffusers tells it."""
+    student, codec = loaded["sdxl"]
+    width = codec.pipe.text_encoder_2.config.projection_dim
+    for size in ((32, 64), None):
+        told = codec.pipe._get_add_time_ids(size or (32, 32), (0, 0), size or (32, 32), torch.float32, width)
+        with resized(student, codec, size):
+            time_ids = codec.cond(CAPTIONS[:2])["added_cond_kwargs"]["time_ids"]
+        assert torch.equal(time_ids, told.expand(2, -1))
+
+
 def test_single_shapes_are_counted_and_read():
     """Drawings are one clean shape in any size and beside an empty half; two drawings, or none, are not."""
     shapes = Shapes(32)
