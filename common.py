@@ -590,7 +590,8 @@ def pipeline_class(path_or_id):
     """
     local, name = Path(path_or_id).is_dir(), str(path_or_id)
     if not local and (Path(path_or_id).exists() or name.count("/") != 1 or name.startswith((".", "/"))):
-        raise UserError(f"{path_or_id}: there is no such directory")
+        raise UserError(f"{path_or_id}: there is no such directory; give that of a diffusers pipeline, "
+                        "or a hub id, OWNER/NAME")
     if local and not (Path(path_or_id) / "model_index.json").is_file():
         raise UserError(f"{path_or_id}: not a diffusers pipeline, it has no model_index.json; "
                         "give the directory that holds one")
@@ -661,9 +662,10 @@ class Codec:
                 return dict(encoder_hidden_states=self.pipe.encode_prompt(prompts, **arguments)[0])
             case "StableDiffusionXLPipeline":
                 embeddings, _, pooled, _ = self.pipe.encode_prompt(prompts, **arguments)
-                pixels = self.picture_size
+                pixels = self.picture_size // max(self.shape[1:])
+                size = [side * pixels for side in self.shape[1:]]  # not square under sample --size
                 # Micro-conditioning: original size, crop corner, target size.
-                time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).to(pooled)
+                time_ids = torch.tensor([[*size, 0, 0, *size]]).to(pooled)
                 added = dict(text_embeds=pooled, time_ids=time_ids.expand(len(prompts), -1))
                 return dict(encoder_hidden_states=embeddings, added_cond_kwargs=added)
             case "PixArtAlphaPipeline":

@@ -666,8 +666,8 @@ def sample_command(argv):
                         help="its rate; the default is a mini model's; the supplement: 20 [%(default)s]")
     args = parser.parse_args(argv)
     check_sample_flags(args)
-    check_flags(args, negative_scale=dict(least=0), compose_steps=dict(least=0, most=10_000),
-                compose_scale=dict(least=0))
+    check_flags(args, size=dict(most=16_384), negative_scale=dict(least=0),
+                compose_steps=dict(least=0, most=10_000), compose_scale=dict(least=0))
     if args.compose and (args.slerp or args.size or args.negative):
         raise UserError("--compose: works alone; leave out --slerp, --size and --negative")
     run = Path(args.run)

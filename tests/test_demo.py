@@ -1,5 +1,6 @@
 """The page of tools/demo.py: what it draws and times, without gradio; and once with it."""
 
+import json
 import re
 import socket
 import sys
@@ -92,10 +93,15 @@ def test_demo_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "import_gradio", lambda: None)
     tiny.pixel(tmp_path / "pixel", classes=())
     mini = ["--teacher", ROOT / "assets/mini-sd"]
-    assert "absent: there is no such directory" in refused(*mini, "--student", tmp_path / "absent")
+    for flag in ("--teacher", "--student"):
+        message = f"demo.py: {flag} {tmp_path}/absent: there is no such directory; give "
+        assert refused(*mini, flag, tmp_path / "absent").startswith(message)
     assert "give a student of this teacher" in refused(*mini, "--student", tmp_path / "pixel")
     pair = ["--teacher", tmp_path / "pixel", "--student", tmp_path / "pixel"]
     assert "--guidance 2.0: " in refused(*pair)
+    path = tmp_path / "pixel/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(num_train_timesteps=20)))
+    assert "--steps 25: " in refused(*pair, "--guidance", 1)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert 'pip install "gradio' in fails(monkeypatch, capsys, demo)

@@ -160,6 +160,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_figures_are_written_whole(path):
-    """0.0065 and not .0065; and the README stays short."""
-    assert not re.findall(r"(?<![\w./)\]])\.\d+", path.read_text())
-    assert path.name != "README.md" or path.read_text().count("\n") <= 200
+    """0.0065 and not .0065; and the README stays short, its last line ended like the others."""
+    text = path.read_text()
+    assert not re.findall(r"(?<![\w./)\]])\.\d+", text) and text.endswith("\n")
+    assert path.name != "README.md" or text.count("\n") <= 200

@@ -97,11 +97,13 @@ def test_the_table(monkeypatch, tmp_path, capsys):
     (["--arms", "SD 3"], "--arms SD 3: unknown"), (["--processes", "0"], "--processes 0: must be at least 1"),
     (["--processes", 10**20], "--processes .*: must be at least 1 and below"),
     (["--samples", "1", "0"], "--samples 0: must be at least 1"), (["--samples"], "--samples: expected"),
+    (["--recipes", "--json", "x.json"], "--recipes: .*; leave the other flags out"),
     (["--json", "no/where.json"], "--json no/where.json: cannot be written"),
     (["--json", "/proc/x"], "--json /proc/x: cannot be written")])
 def test_the_ladder_names_what_is_wrong(flags, message, monkeypatch, capsys):
     """Before the first row."""
     monkeypatch.setattr(ladder, "memory_of", None)
+    monkeypatch.setattr(ladder, "print_recipes", lambda recipes: None)
     with pytest.raises(common.UserError, match=message):
         ladder.main(list(map(str, flags)))
     assert not capsys.readouterr().out

@@ -121,6 +121,17 @@ def test_pictures_of_another_size(loaded, kind):
         assert codec.shape == shape and "forward" not in vars(next(redilated_layers(student.net)))
 
 
+def test_sdxl_is_told_the_size(loaded):
+    """Height, then width, as diffusers tells it."""
+    student, codec = loaded["sdxl"]
+    width = codec.pipe.text_encoder_2.config.projection_dim
+    for size in ((32, 64), None):
+        told = codec.pipe._get_add_time_ids(size or (32, 32), (0, 0), size or (32, 32), torch.float32, width)
+        with resized(student, codec, size):
+            time_ids = codec.cond(CAPTIONS[:2])["added_cond_kwargs"]["time_ids"]
+        assert torch.equal(time_ids, told.expand(2, -1))
+
+
 def test_single_shapes_are_counted_and_read():
     """Drawings are one clean shape in any size and beside an empty half; two drawings, or none, are not."""
     shapes = Shapes(32)
@@ -136,6 +147,19 @@ def test_single_shapes_are_counted_and_read():
         wrong = shapes.draw(drawn | {name: (drawn[name] + other) % 3})
         assert count(wrong, captions) == [1, 1, 0]
     assert count(torch.cat([pictures[:2], wrong[2:4], empty[4:]]), captions) == [0.5, 0.5, 0.25]
+
+
+def test_the_table_of_a_supplement(tmp_path, monkeypatch, capsys):
+    """Markdown, with the spread of the other tables (n - 1), and none of a single seed."""
+    shares = lambda student, codec, num, seed: {"a row": [(0.5, 0.7, 0.9)[seed], 1.0]}
+    drawn = []
+    monkeypatch.setitem(try_supplements.WHAT, "sizes", (shares, lambda *a: drawn.append(a), ["one", "two"]))
+    flags = ["sizes", "--grid", str(tmp_path / "grid.png"), "--seeds"]
+    try_supplements.main([*flags, "0", "1", "2"])
+    assert capsys.readouterr().out == ("| sizes | one | two |\n|---|---|---|\n"
+                                       "| a row | 70.0 ± 20.0 | 100.0 ± 0.0 |\n")
+    try_supplements.main([*flags, "1"])
+    assert "| a row | 70.0 | 100.0 |\n" in capsys.readouterr().out and len(drawn) == 2
 
 
 # Negative prompts
@@ -214,6 +238,7 @@ def test_sample_with_supplements(tmp_path):
     (["--size", "60", "64"], "--size 60 64: must be two multiples of 8; the model's own is 32 32"),
     (["--size", "0", "64"], "--size 0 64: must be two multiples of 8"),
     (["--size", "64"], "--size: expected 2"),
+    (["--size", "64", "8000000000000000000"], "--size 8000000000000000000: must be at most 16384"),
     (["--negative", "a \udcff"], r"--negative 'a \\udcff': "),
     (["--negative", "red", "--negative-scale", "-1"], "--negative-scale -1.0: must be at least 0")])
 def test_wrong_flags_of_supplements(tmp_path, more, message):

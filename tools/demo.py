@@ -146,6 +146,15 @@ def build(teacher, student, caption, steps, guidance, known=""):
     return page
 
 
+def loaded(flag, path, device):
+    """The pipeline of --teacher or --student as a yoso.Sampler. Raises UserError, which names the flag."""
+    try:
+        check_folder(path)
+        return Sampler(*load(path, device))
+    except UserError as error:
+        raise UserError(f"--{flag} {error}")
+
+
 def main(argv):
     """The command line."""
     parser = Parser(description=__doc__.splitlines()[0])
@@ -163,11 +172,11 @@ def main(argv):
                 guidance=dict(least=0), port=dict(least=1, most=65535))
     import_gradio()  # what is missing is said before the models are loaded
     device = choose_device(args.device)
-    for path in (args.teacher, args.student):
-        check_folder(path)
-    teacher = Sampler(*load(args.teacher, device))
-    student = Sampler(*load(args.student, device), InformativePrior.read(args.student, device))
-    codec = teacher.codec
+    teacher, student = (loaded(flag, getattr(args, flag), device) for flag in ONE_CALL)
+    student.prior = InformativePrior.read(args.student, device)
+    codec, timesteps = teacher.codec, len(teacher.generator.schedule)
+    if args.steps > timesteps:
+        raise UserError(f"--steps {args.steps}: {args.teacher} has {timesteps} timesteps; give no more")
     if args.guidance != 1 and not codec.has_null:
         raise UserError(f"--guidance {args.guidance}: {args.teacher} has no empty condition to guide "
                         "by; use --guidance 1")

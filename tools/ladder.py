@@ -443,6 +443,8 @@ def main(argv):
     if unknown := set(args.arms) - set(ARMS):
         raise UserError(f"--arms {unknown.pop()}: unknown; choose of {', '.join(ARMS)}")
     if args.recipes:
+        if len(argv) > 1:
+            raise UserError("--recipes: prints all recipes as they are; leave the other flags out")
         return print_recipes(RECIPES)
     rows = []
     titles = ["model, method", "samples at once", "GB of states", "GB of a step",

@@ -221,10 +221,11 @@ def main(argv):
     student, codec = load(args.student)
     grid_of(student, codec, args.grid)
     by_seed = [shares_of(student, codec, args.num, seed) for seed in args.seeds]
-    print(" | ".join(["", args.what, *columns, ""]).strip())
+    print("| " + " | ".join([args.what, *columns]) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name in by_seed[0]:
-        shares = 100 * np.array([shares[name] for shares in by_seed])
-        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(shares.mean(0), shares.std(0))]
+        shares = 100 * torch.tensor([shares[name] for shares in by_seed])
+        cells = [f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+                 for values in shares.T]
         print("| " + " | ".join([name, *cells]) + " |")
 
 
