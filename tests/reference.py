@@ -150,7 +150,8 @@ def warm_up(iteration, config, optimizers_and_rates):
     """
     for optimizer, rate in optimizers_and_rates:
         for group in optimizer.param_groups:
-            group["lr"] = rate * (iteration + 1) / config.lr_warmup if iteration < config.lr_warmup else rate
+            rises = config.lr_warmup and iteration < config.lr_warmup
+            group["lr"] = rate * (iteration + 1) / config.lr_warmup if rises else rate
 
 
 def convert(iteration, prompts, config, draws, m):

@@ -169,7 +169,7 @@ def real_fine_tune(start, codec, other, codec_d, **settings):
 
 def real_adapt(teacher, codec, **settings):
     """yoso.py --adapt: config, a record for each stage."""
-    config = yoso.Config(**COMMON, adapt_iterations=3, **settings)
+    config = yoso.Config(**COMMON, model="a pipeline", adapt_iterations=3, **settings)
     stages = 2 if teacher.prediction_type == "epsilon" else 1
     return config, record(lambda: yoso.adapt(config, teacher, codec, Pictures(32)), stages)
 
