@@ -26,12 +26,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import swiftbrush_v2 as sb
-from common import UserError, ddim_sample, draw_samples, load, one_step
+from common import NoiseSchedule, UserError, ddim_sample, draw_samples, load, one_step
 from plumbing.cli import parse_config
 from plumbing.data import prompts_of
 from plumbing.grids import save_grid
 from plumbing.shapes import Shapes
-from plumbing.students import export_one_step
+from plumbing.students import check_highest, export_one_step
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +309,15 @@ def test_values_out_of_range(folder, tmp_path, monkeypatch, capsys, more, messag
     monkeypatch.setattr(sb, "load_networks", None)
     assert message in fails(monkeypatch, capsys, sb, *flags(folder, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_may_weigh_where_there_is_no_signal():
+    """Only a weight in x0 needs one: at zero terminal SNR the last level is refused to it alone."""
+    schedule = NoiseSchedule.from_config(tiny.scheduler(rescale_betas_zero_snr=True).config)
+    for weighting, t_max in (("noise", 999), ("x0", 998)):
+        check_highest(sb.Config(weighting=weighting, t_max=t_max), schedule)
+    with pytest.raises(UserError, match="--t-max 999: the model's alpha is 0"):
+        check_highest(sb.Config(weighting="x0", t_max=999), schedule)
 
 
 def test_wrong_input(folder, tmp_path):
