@@ -547,8 +547,8 @@ def train(config):
                     remember_before(run, before, models, prompts)
             run.wait()
         set_rates(warmup_share(iteration, config.lr_warmup), models.optimizer_assistant)
-        # From the student's first update on; before that its rate has no effect.
-        set_rates(warmup_share(iteration - config.assistant_warmup, config.lr_warmup), models.optimizer)
+        updates = max(0, iteration - config.assistant_warmup)  # the student's, so far
+        set_rates(warmup_share(updates, config.lr_warmup), models.optimizer)
         losses = train_step(iteration, y, config, run, models)
         if run.finish_iteration(iteration, losses, samples):
             break
